@@ -1,8 +1,9 @@
 """Where the packages lie. Everything else about the distribution is in pyproject.toml.
 
-`kernels/` and `examples/` are folders of the repository, not packages: Python run from the repository root would otherwise
-take `kernels` for the Hugging Face package of that name. They are mapped onto import names here instead, which wheels,
-source distributions and editable installs all follow.
+`kernels/` and `examples/` are folders of the repository, not packages: Python run from the
+repository root would otherwise take `kernels` for the Hugging Face package of that name. What they
+hold is mapped onto import names here, which wheels, source distributions and editable installs all
+follow.
 """
 
 from setuptools import find_packages, setup
@@ -19,7 +20,6 @@ setup(
     },
     package_data={
         "peftfast": ["py.typed"],
-        "peftfast_kernels": ["py.typed"],
         "peftfast_data": ["*/*"],
     },
 )

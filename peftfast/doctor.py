@@ -1,0 +1,184 @@
+"""`peftfast doctor`: what is installed, what the machine has, and which implementations can run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+import torch
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from peftfast._version import __version__
+from peftfast.ops.dispatch import availability
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
+SETTINGS = ("PEFTFAST_IMPL", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed or missing dependency.
+
+    `supported` is the range of versions that peftfast's metadata admits; None where peftfast is not
+    installed as a distribution, so that there is no metadata to read.
+    """
+
+    name: str
+    version: str | None
+    supported: str | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that torch can use; memory in bytes, None where torch does not tell."""
+
+    name: str
+    description: str
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that `peftfast doctor` prints.
+
+    `cxx_compiler` is its path; `torch_cuda` the CUDA version that torch was built for, None for a
+    build without CUDA. `implementations` maps each implementation to None where it can run here,
+    else to the reason. `registrations` maps a library to the names that peftfast has added to it.
+    """
+
+    peftfast: str
+    python: str
+    system: str
+    cxx_compiler: str | None
+    torch_cuda: str | None
+    packages: list[Package]
+    devices: list[Device]
+    implementations: dict[str, str | None]
+    registrations: dict[str, list[str]]
+    environment: dict[str, str | None]
+
+    @property
+    def problems(self) -> list[str]:
+        """What keeps peftfast from working as its metadata promises; empty where nothing does."""
+        return [f"{p.name}: {p.problem}" for p in self.packages if p.problem]
+
+
+def diagnose() -> Diagnosis:
+    """Look at this process's environment; changes nothing and imports no optional package."""
+    return Diagnosis(
+        peftfast=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cxx_compiler=shutil.which(os.environ.get("CXX", "g++")),
+        torch_cuda=torch.version.cuda,
+        packages=_packages(),
+        devices=_devices(),
+        implementations=availability(),
+        registrations={"peft": [], "transformers": []},
+        environment={name: os.environ.get(name) for name in SETTINGS},
+    )
+
+
+def _packages() -> list[Package]:
+    ranges = _supported_ranges()
+    found = []
+    for name in PACKAGES:
+        required = ranges.get(name)
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            installed = None
+        problem = None
+        if installed is None:
+            if required is None or required.marker is None or required.marker.evaluate():
+                problem = "not installed"
+        elif required and not required.specifier.contains(installed, prereleases=True):
+            problem = f"{installed} is outside {required.specifier}"
+        found.append(
+            Package(name, installed, str(required.specifier) if required else None, problem)
+        )
+    return found
+
+
+def _supported_ranges() -> dict[str, Requirement]:
+    try:
+        lines = requires("peftfast") or []
+    except PackageNotFoundError:
+        return {}
+    parsed = [Requirement(line) for line in lines if "extra ==" not in line]
+    return {requirement.name: requirement for requirement in parsed}
+
+
+def _devices() -> list[Device]:
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    devices = [Device("cpu", cpu, None)]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        description = f"{properties.name}, sm_{properties.major}{properties.minor}"
+        devices.append(Device(f"cuda:{index}", description, properties.total_memory))
+    return devices
+
+
+def render(diagnosis: Diagnosis, console: Console) -> None:
+    """Print the diagnosis as tables."""
+    compiler = diagnosis.cxx_compiler or "none found (torch.compile on the CPU needs one)"
+    cuda = f"for CUDA {diagnosis.torch_cuda}" if diagnosis.torch_cuda else "without CUDA"
+    console.print(
+        f"peftfast {diagnosis.peftfast}, Python {diagnosis.python}, {diagnosis.system}\n"
+        f"torch was built {cuda}; C++ compiler: {compiler}",
+        highlight=False,
+    )
+    packages = Table("package", "version", "supported", "", title="Packages", title_justify="left")
+    for package in diagnosis.packages:
+        packages.add_row(
+            package.name,
+            package.version or "-",
+            package.supported or "-",
+            package.problem or "ok" if package.version or package.problem else "not needed here",
+        )
+    devices = Table("device", "", "memory", title="Devices", title_justify="left")
+    for device in diagnosis.devices:
+        memory = f"{device.memory_bytes / 2**30:.1f} GiB" if device.memory_bytes else "-"
+        devices.add_row(device.name, device.description, memory)
+    implementations = Table("impl", "usable", "why not", title="Implementations")
+    implementations.title_justify = "left"
+    for name, reason in diagnosis.implementations.items():
+        implementations.add_row(name, "no" if reason else "yes", reason or "")
+    for table in (packages, devices, implementations):
+        console.print(table)
+    for library, names in diagnosis.registrations.items():
+        console.print(f"registered with {library}: {', '.join(names) or 'none'}", highlight=False)
+    for name, value in diagnosis.environment.items():
+        if value is not None:
+            console.print(f"{name}={value}", highlight=False, markup=False)
+    for problem in diagnosis.problems:
+        console.print(f"problem: {problem}", style="red", highlight=False, markup=False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `peftfast doctor`."""
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the diagnosis.
+
+    Returns:
+        1 where a dependency is missing or outside the supported range, else 0.
+    """
+    diagnosis = diagnose()
+    if args.json:
+        json.dump({**asdict(diagnosis), "problems": diagnosis.problems}, sys.stdout, indent=2)
+        print()
+    else:
+        render(diagnosis, Console())
+    return 1 if diagnosis.problems else 0
