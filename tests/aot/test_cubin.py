@@ -1,0 +1,71 @@
+"""Listings of cuobjdump, read without compiling anything."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="the tools come in triton's wheel")
+from peftfast_kernels.cubin import CubinFacts, parse_listing, read_cubin
+
+LISTING = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function kernel:
+  REG:168 STACK:24 SHARED:{shared} LOCAL:0 CONSTANT[0]:576 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+	code for sm_{arch}
+		Function : kernel
+	.headerflags	@"EF_CUDA_TEXMODE_UNIFIED EF_CUDA_64BIT_ADDRESS"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;        /* 0x00000a0000017a02 */
+                                                                 /* 0x000fe40000000f00 */
+        /*0010*/                   STL [R1], R4 ;                /* 0x0000000401007387 */
+        /*0020*/              @!P0 STL.64 [R1+0x8], R6 ;         /* 0x0000080601000987 */
+        /*0030*/             @UPT  LDL.LU.128 R8, [R1] ;         /* 0x0000000001087983 */
+        /*0040*/                   LDL.U8 R8, [R1] ;             /* 0x0000000001087983 */
+        /*0050*/               @P1 HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0070*/              @UP0 UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR4], UP0 ;
+        /*0080*/                   FFMA R1, R2, R3, R4 ;         /* LDL HMMA in a comment */
+        /*fff0*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+       /*10000*/                   IMMA.16832.S8.S8 R4, R8.ROW, R12.COL, R4 ;
+"""
+
+
+def test_spills_are_counted_by_width_and_tensor_cores_by_opcode() -> None:
+    facts = parse_listing(LISTING.format(arch=80, shared=512), 80)
+    assert facts == CubinFacts(
+        registers=168,
+        stack_bytes=24,
+        spill_bytes=4 + 8 + 16 + 1,
+        static_shared_bytes=512,
+        mma={"HMMA": 1, "HGMMA": 1, "UTCHMMA": 1, "IMMA": 1},
+    )
+
+
+@pytest.mark.parametrize(("arch", "native"), [(80, 2), (86, 2), (89, 2), (90, 1), (100, 1)])
+def test_native_counts_only_the_architectures_own(arch: int, native: int) -> None:
+    facts = parse_listing(LISTING.format(arch=arch, shared=1024), arch)
+    assert facts.native_mma(arch) == native
+
+
+@pytest.mark.parametrize(("arch", "own"), [(89, 1024), (90, 0), (100, 0)])
+def test_the_kilobyte_of_the_system_is_not_the_kernels(arch: int, own: int) -> None:
+    facts = parse_listing(LISTING.format(arch=arch, shared=1024), arch)
+    assert facts.static_shared_bytes == own
+
+
+def test_code_of_another_architecture_is_refused() -> None:
+    with pytest.raises(ValueError, match="for sm_90, not for sm_100"):
+        parse_listing(LISTING.format(arch=90, shared=0), 100)
+
+
+def test_a_listing_without_instructions_is_refused() -> None:
+    listing = LISTING.format(arch=80, shared=0)
+    with pytest.raises(ValueError, match="no instructions"):
+        parse_listing(listing[: listing.index("        /*0000*/")], 80)
+
+
+def test_what_is_no_cubin_is_refused() -> None:
+    with pytest.raises(ValueError, match="cuobjdump can't read"):
+        read_cubin(b"not a cubin", 80)
