@@ -1,0 +1,1 @@
+"""Triton kernels of peftfast and their launchers; imports torch and triton only."""

@@ -1,0 +1,150 @@
+"""Every tile choice and every dispatch rule of the kernels, in one place.
+
+`Tile` is a frozen set of block sizes; the functions below pick one for a kernel, an architecture and the sizes
+that matter. To add an architecture, add its row to the tables and its number to ARCHES.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+ARCHES = (80, 86, 89, 90, 100)
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB a block may use
+
+MAX_RANK_BLOCK = 128
+MAX_LANES = 8
+_LANE_BUDGET = 256  # rank columns of accumulators that one program of a skinny kernel may hold
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of one launch. Kernels that have no depth loop of their own leave block_k at 0."""
+
+    block_m: int
+    block_n: int
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 8
+
+    def __str__(self) -> str:
+        blocks = "x".join(str(b) for b in (self.block_m, self.block_n, self.block_k) if b)
+        return f"{blocks} w{self.num_warps} s{self.num_stages}"
+
+
+def table_arch(arch: int) -> int:
+    """The row of the tables that serves an architecture: the newest not above it (sm_120 is like sm_89)."""
+    if arch >= 120:
+        return 89
+    return max(a for a in ARCHES if a <= max(arch, ARCHES[0]))
+
+
+def is_valid(tile: Tile, arch: int, itemsize: int) -> bool:
+    """Whether the pipelined operand tiles of a launch fit the architecture's shared memory."""
+    depth = tile.block_k or tile.block_m
+    operands = (tile.block_m + tile.block_n) * depth * itemsize * max(tile.num_stages - 1, 1)
+    return operands <= SHARED_LIMIT[table_arch(arch)] * 1024
+
+
+def rank_block(ranks: list[int]) -> int:
+    """The power of two, 16 to 128, that the ranks of one launch are padded to."""
+    widest = min(max(ranks), MAX_RANK_BLOCK)
+    return max(16, 1 << (widest - 1).bit_length())
+
+
+def matmul_rank_block(ranks: list[int]) -> int:
+    """The step in which the GEMM's kernel takes ranks, 16 to 64: it loops over what is above."""
+    return min(64, rank_block(ranks)) if ranks else 16
+
+
+def lanes_per_launch(block: int) -> int:
+    """How many lanes of `rank_block` columns one program can hold."""
+    return max(1, min(MAX_LANES, _LANE_BUDGET // block))
+
+
+_MATMUL = {
+    # (16-bit, no dropout), (16-bit, dropout), float32
+    80: (Tile(128, 128, 32, 4, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 16, 8, 2)),
+    86: (Tile(128, 128, 32, 4, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 16, 8, 2)),
+    89: (Tile(128, 128, 32, 4, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 16, 8, 2)),
+    90: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 16, 8, 2)),
+    100: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 16, 8, 2)),
+}
+
+
+def matmul_tile(arch: int, itemsize: int, dropout: bool) -> Tile:
+    """Tile of the GEMM with the up-projection inside."""
+    plain, dropped, full = _MATMUL[table_arch(arch)]
+    if itemsize == 4:
+        return full
+    return dropped if dropout else plain
+
+
+def expand_tile(itemsize: int) -> Tile:
+    """Tile of the up-projection alone: the GEMM's kernel without a GEMM."""
+    return Tile(64, 64, 16, 4, 1) if itemsize == 4 else Tile(64, 128, 16, 4, 1)
+
+
+def shrink_tile(itemsize: int, adapter_itemsize: int, lanes: int, block: int) -> Tile:
+    """Tile of x A^T: block_m rows, block_k of depth."""
+    depth = 64 if max(itemsize, adapter_itemsize) == 4 or lanes * block > 64 else 128
+    return Tile(32, block, depth, 4, 3)
+
+
+def grad_b_tile(lanes: int, block: int) -> Tile:
+    """Tile of the pass over dy: block_m rows a step, block_n columns a program."""
+    columns = max(32, min(256, 8192 // (lanes * block)))
+    return Tile(32, columns, 0, 8 if columns == 256 else 4, 2)
+
+
+def grad_a_tile(lanes: int, block: int) -> Tile:
+    """Tile of the pass over x for dA: block_m rows a step, block_n columns a program."""
+    columns = max(32, min(128, 8192 // (lanes * block)))
+    return Tile(32, columns, 0, 4, 2)
+
+
+def row_splits(rows: int, programs: int, block_m: int, sms: int) -> tuple[int, int]:
+    """Rows a program takes, and the number of splits, of a reduction over rows.
+
+    Enough splits for two programs an SM, but none of fewer than 256 rows: a split's partial result is written
+    and read once, so the workspace's traffic falls with their length.
+    """
+    splits = min(-(-rows // 256), max(1, -(-2 * sms // programs)))
+    span = -(-rows // (splits * block_m)) * block_m
+    return span, -(-rows // span)
+
+
+def depth_splits(depth: int, programs: int, block_k: int, sms: int) -> tuple[int, int]:
+    """Columns a program takes, and the number of splits, of a reduction over columns; 512 columns at least."""
+    splits = min(max(1, depth // 512), -(-sms // programs))
+    span = -(-depth // (splits * block_k)) * block_k
+    return span, -(-depth // span)
+
+
+def join_dy_passes(rank: int, block_n: int, itemsize: int) -> bool:
+    """Whether one pass over dy gives both g and dB.
+
+    It leaves partial sums of g, [columns / block_n, M, rank] in float32, written and read once; two passes read
+    dy twice instead.
+    """
+    return 8 * rank < block_n * itemsize
+
+
+def gemm_plan(arch: int, dtype: torch.dtype, on_gpu: bool) -> str:
+    """"fused": the up-projection joins a Triton GEMM; "library": torch's GEMM adds to the low-rank part.
+
+    By arithmetic, until recorded rows say otherwise: the library plan writes the low-rank part and reads it back, two
+    passes over y, which a compute-bound GEMM partly hides; Triton's GEMM comes near cuBLAS up to sm_89 and falls
+    behind from sm_90 on, and float32 without TF32 has no tensor cores to gain from. The environment variable
+    PEFTFAST_LORA_GEMM overrides the rule.
+    """
+    if asked := os.environ.get("PEFTFAST_LORA_GEMM"):
+        if asked not in ("fused", "library"):
+            raise ValueError(f"PEFTFAST_LORA_GEMM is {asked!r}; allowed: 'fused', 'library'")
+        return asked
+    if not on_gpu:
+        return "fused"
+    return "library" if dtype == torch.float32 or table_arch(arch) >= 90 else "fused"
