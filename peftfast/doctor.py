@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from peftfast._version import __version__
@@ -148,11 +149,11 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
     devices = Table("device", "", "memory", title="Devices", title_justify="left")
     for device in diagnosis.devices:
         memory = f"{device.memory_bytes / 2**30:.1f} GiB" if device.memory_bytes else "-"
-        devices.add_row(device.name, device.description, memory)
+        devices.add_row(device.name, escape(device.description), memory)
     implementations = Table("impl", "usable", "why not", title="Implementations")
     implementations.title_justify = "left"
     for name, reason in diagnosis.implementations.items():
-        implementations.add_row(name, "no" if reason else "yes", reason or "")
+        implementations.add_row(name, "no" if reason else "yes", escape(reason or ""))
     for table in (packages, devices, implementations):
         console.print(table)
     for library, names in diagnosis.registrations.items():
