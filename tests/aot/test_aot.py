@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="compiling needs triton")
-from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
@@ -78,17 +78,17 @@ def test_a_spill_is_red_and_counted_as_ptxas_counts_it(handmade: Run, arch: int)
     assert row["verdict"] == "red" and "local memory" in row["reason"]
     counted = set()
     for ptx in handmade.cache.glob("*/hold_too_much.ptx"):
-        target = re.search(r"\.target (sm_\w+)", ptx.read_text())
-        assert target is not None
+        target = re.search(rf"\.target (sm_{arch}a?)\b", ptx.read_text())
+        if target is None:
+            continue
         log = subprocess.run(
-            [knobs.nvidia.ptxas.path, "-v", "-lineinfo", "--regAllocOptLevel=2",
+            [get_ptxas(arch).path, "-v", "-lineinfo", "--regAllocOptLevel=2",
              f"--gpu-name={target[1]}", str(ptx), "-o", os.devnull],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spilled is not None
-        if target[1].rstrip("a") == f"sm_{arch}":
-            counted.add(int(spilled[1]) + int(spilled[2]))
+        counted.add(int(spilled[1]) + int(spilled[2]))
     assert counted == {row["spill_bytes"]}
 
 
