@@ -175,7 +175,7 @@ def test_sectors_across_megabytes_and_ranges():
 def test_workspace_has_its_own_column():
     x = _aligned(256)
     with TrafficCounter() as traffic:
-        partial = workspace.allocate((256,), torch.float32, x.device)
+        partial = workspace.allocate((256,), x.device)
         _copy_kernel[(1,)](x, partial, 256, BLOCK=256)
         partial.sum()
     kernel, reduction = traffic.tallies["_copy_kernel"], traffic.tallies["aten.sum.default"]

@@ -1,0 +1,1 @@
+"""Benchmarks of bytes and FLOPs, one a module; importing a module declares its benchmark."""

@@ -1,0 +1,158 @@
+"""The tables of recorded rows in README.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records
+from benchmarks.provenance import ROOT
+from benchmarks.tables import figure, markdown
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+Row = dict[str, Any]
+
+
+def update(*, check: bool, readme: Path = README, results: Path = records.RESULTS) -> int:
+    """Writes the tables between the two markers; with `check`, only says whether they are current.
+
+    Returns:
+        0; 1 with `check` if they are stale, 2 if the markers are missing.
+    """
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        print(f"{readme}: the markers {BEGIN} and {END} are missing", file=sys.stderr)
+        return 2
+    current = f"{before}{BEGIN}\n{tables(records.load(results))}\n{END}{after}"
+    if check:
+        if current != text:
+            print(f"{readme} is stale: run `python -m benchmarks readme`", file=sys.stderr)
+        return int(current != text)
+    readme.write_text(current, encoding="utf-8")
+    return 0
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Markdown of the newest row of each configuration, by device and benchmark."""
+    parts = []
+    for (slug, benchmark), group in _grouped(records.latest(rows)).items():
+        if (table := _TABLES.get(benchmark)) is None:
+            continue
+        heading = "Counted, not timed" if slug == records.COUNTED_SLUG else _where(group)
+        body = _counted_table(group) if slug == records.COUNTED_SLUG else table(group)
+        parts.append(f"**`{benchmark}`** {heading}\n\n{body}")
+    return "\n\n".join(parts) if parts else "No rows are recorded."
+
+
+def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        key = row["provenance"]["device_slug"], row["benchmark"]
+        groups.setdefault(key, []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def _where(rows: Sequence[Row]) -> str:
+    """Device, versions and dates of a table's rows."""
+    devices = " / ".join(dict.fromkeys(row["provenance"]["device"] for row in rows))
+    threads = {row["provenance"]["threads"] for row in rows if row["provenance"]["driver"] is None}
+    if threads:
+        devices += f", {max(threads)} threads"
+    versions = " / ".join(
+        dict.fromkeys(
+            f"torch {row['provenance']['torch']}, triton {row['provenance']['triton']}"
+            for row in rows
+        )
+    )
+    dates = sorted({row["provenance"]["date"][:10] for row in rows})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"on {devices}; {versions}; {when}"
+
+
+def _ratio_to(row: Row, rows: Iterable[Row], who: str) -> str:
+    """This row's time as a multiple of that of `who` in the same configuration."""
+    for other in rows:
+        if other["config"] == row["config"] and other["variant"] == who:
+            return f"{row['time']['median'] / other['time']['median']:.2f}"
+    return "-"
+
+
+def _time_cells(row: Row) -> list[str]:
+    time = row["time"]
+    spread = f"{figure(1e3 * time['low'])}-{figure(1e3 * time['high'])}"
+    return [figure(1e3 * time["median"]), spread, f"{row['tokens_per_second']:,.0f}"]
+
+
+def _linear_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "M", "in", "out", "r", "dropout", "ms", "quartiles", "tokens/s"]
+    header += ["x frozen linear", "peak MiB", "x floor"]
+    cells = []
+    for row in rows:
+        config = row["config"]
+        sizes = [config[key] for key in ("rows", "in_features", "out_features", "rank", "dropout")]
+        cells.append(
+            [
+                row["variant"],
+                *map(str, sizes),
+                *_time_cells(row),
+                _ratio_to(row, rows, "frozen"),
+                figure(row["peak_bytes"] / 2**20, 1),
+                figure(row["distance_to_floor"]),
+            ]
+        )
+    return markdown(header, cells)
+
+
+def _step_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "model", "tokens", "dtype", "dropout", "ms", "quartiles", "tokens/s"]
+    header += ["x PEFT", "peak GiB", "x floor"]
+    cells = []
+    for row in rows:
+        config = row["config"]
+        native = f"peft, {config['dtype']} adapters"
+        cells.append(
+            [
+                row["variant"],
+                config["model"],
+                f"{config['batch']} x {config['sequence']}",
+                config["dtype"],
+                str(config["dropout"]),
+                *_time_cells(row),
+                _ratio_to(row, rows, native),
+                figure(row["peak_bytes"] / 2**30, 3),
+                figure(row["distance_to_floor"]),
+            ]
+        )
+    return markdown(header, cells)
+
+
+def _counted_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "adapters", "dropout", "total u", "beyond frozen u", "workspace u"]
+    cells = [
+        [
+            row["variant"],
+            row["config"].get("adapters", "-"),
+            str(row["config"].get("dropout", "-")),
+            figure(row["total_u"]),
+            figure(row["extra_u"]),
+            figure(row["workspace_u"]),
+        ]
+        for row in rows
+    ]
+    config = rows[0]["config"]
+    sizes = f"M={config['rows']}, in=out={config['in_features']}, r={config['rank']}"
+    note = f"Bytes moved by a forward and backward at {sizes}; u is one activation tensor."
+    return f"{note}\n\n{markdown(header, cells)}"
+
+
+_TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "lora_linear": _linear_table,
+    "lora_siblings": _counted_table,
+    "train_step": _step_table,
+}

@@ -1,0 +1,1 @@
+"""Benchmarks of time and memory, one a module; importing a module declares its benchmark."""
