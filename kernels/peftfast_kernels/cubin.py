@@ -8,13 +8,17 @@ but it needs no second compilation and is there too when the cubin comes from tr
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from triton import knobs
+from triton.runtime.cache import get_cache_manager
 
 # From sm_90 on, a cubin's static shared memory holds the 1 KiB that the system keeps of each block,
 # which is not part of what a block may use.
@@ -28,6 +32,7 @@ _INSTRUCTION = re.compile(
 _MMA = re.compile(r"UTC[A-Z]*MMA|[A-Z]GMMA|[BDHIOQ]MMA")
 _NATIVE = {90: re.compile(r"[A-Z]GMMA"), 100: re.compile(r"UTC[A-Z]*MMA")}
 _NATIVE_BEFORE = re.compile(r"[BDHIOQ]MMA")
+_KEPT_NAME = "cubin_facts.json"
 _WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
@@ -51,7 +56,22 @@ class CubinFacts:
 
 
 def read_cubin(cubin: bytes, arch: int) -> CubinFacts:
-    """Facts of one cubin. Raises ValueError where it isn't machine code of sm_`arch`."""
+    """Facts of one cubin. Raises ValueError where it isn't machine code of sm_`arch`.
+
+    Disassembling a large kernel takes half a second, so the facts are kept in triton's cache, under
+    a key of the cubin and of this file.
+    """
+    content = hashlib.sha256(Path(__file__).read_bytes() + f"sm_{arch}".encode() + cubin)
+    cache = get_cache_manager(content.hexdigest())
+    kept = cache.get_file(_KEPT_NAME)
+    if kept is not None and not knobs.compilation.always_compile:
+        return CubinFacts(**json.loads(Path(kept).read_text()))
+    facts = parse_listing(_disassemble(cubin), arch)
+    cache.put(json.dumps(asdict(facts)), _KEPT_NAME, binary=False)
+    return facts
+
+
+def _disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -62,7 +82,7 @@ def read_cubin(cubin: bytes, arch: int) -> CubinFacts:
         )
     if listing.returncode != 0:
         raise ValueError(f"cuobjdump can't read the cubin: {listing.stderr.strip()}")
-    return parse_listing(listing.stdout, arch)
+    return listing.stdout
 
 
 def parse_listing(listing: str, arch: int) -> CubinFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 ASSUMED_ARCH = 80  # the interpreter has no device: it runs the tiles of sm_80
 ASSUMED_SM_COUNT = 132
+
+
+_pretended: list[tuple[int, int]] = []
 
 
 @functools.cache
@@ -21,12 +25,27 @@ def _cuda_properties(index: int) -> tuple[int, int]:
 
 def arch(device: torch.device) -> int:
     """The compute capability as a number, 80 for sm_80."""
-    return _cuda_properties(_index(device))[0] if device.type == "cuda" else ASSUMED_ARCH
+    return _properties(device)[0]
 
 
 def sm_count(device: torch.device) -> int:
     """The number of streaming multiprocessors."""
-    return _cuda_properties(_index(device))[1] if device.type == "cuda" else ASSUMED_SM_COUNT
+    return _properties(device)[1]
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether launches run on a GPU (or are recorded for one) rather than in the interpreter."""
+    return device.type == "cuda" or bool(_pretended)
+
+
+@contextlib.contextmanager
+def pretend(arch: int, sm_count: int) -> Iterator[None]:
+    """Answer as a GPU of that architecture and size would."""
+    _pretended.append((arch, sm_count))
+    try:
+        yield
+    finally:
+        _pretended.pop()
 
 
 def current(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -34,15 +53,15 @@ def current(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def fp32_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32 operands.
+def matmul_precision(dtype: torch.dtype) -> str:
+    """`tl.dot`'s input_precision for operands of one dtype: full, unless they are float32 and torch allows TF32."""
+    return "tf32" if dtype == torch.float32 and _tf32_allowed() else "ieee"
 
-    16-bit activations against float32 adapters: three TF32 products, whose error is float32's (16-bit values are
-    exact in TF32). float32 activations: full precision, unless torch's own switch allows TF32.
-    """
-    if dtype != torch.float32:
-        return "tf32x3"
-    return "tf32" if _tf32_allowed() else "ieee"
+
+def adapter_precision(activations: torch.dtype, compute: torch.dtype) -> str:
+    """The same for a skinny product; "tf32x2" (see `dots`) for 16-bit activations against float32 adapters."""
+    mixed = compute == torch.float32 and activations != torch.float32
+    return "tf32x2" if mixed else matmul_precision(compute)
 
 
 def _tf32_allowed() -> bool:
@@ -51,6 +70,14 @@ def _tf32_allowed() -> bool:
     if precision != "none":
         return precision == "tf32"
     return matmul.allow_tf32
+
+
+def _properties(device: torch.device) -> tuple[int, int]:
+    if _pretended:
+        return _pretended[-1]
+    if device.type != "cuda":
+        return ASSUMED_ARCH, ASSUMED_SM_COUNT
+    return _cuda_properties(_index(device))
 
 
 def _index(device: torch.device) -> int:

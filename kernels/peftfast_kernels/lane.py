@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from peftfast_kernels.device import adapter_precision
 from peftfast_kernels.philox import KEEP_ALL, keep_scale, limit
 from peftfast_kernels.tiles import lanes_per_launch, rank_block
 
@@ -66,6 +67,11 @@ def rank_views(bottleneck: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
     return list(bottleneck.split([lane.rank for lane in lanes], dim=-1))
 
 
+def with_dropout(lanes: Sequence[Lane], seed: Tensor | None) -> Sequence[Lane]:
+    """All the lanes of a launch where any of them drops, none of them otherwise."""
+    return lanes if seed is not None and any(lane.drops for lane in lanes) else ()
+
+
 def strides(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...]:
     return tuple(tensor.stride(dim) for tensor in tensors)
 
@@ -73,3 +79,9 @@ def strides(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...]:
 def triton_dtype(dtype: torch.dtype) -> Any:
     """The Triton type of a floating dtype."""
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+
+
+def skinny_mma(activations: torch.dtype, compute: torch.dtype) -> str:
+    """The tensor-core instructions that a skinny product must use: none for float32 in full precision."""
+    full = compute == torch.float32 and adapter_precision(activations, compute) == "ieee"
+    return "none" if full else "any"

@@ -13,7 +13,7 @@ with scale_i = scaling_i / P(kept). Beyond the frozen linears' own traffic: x tw
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from peftfast_kernels import device, tiles
 from peftfast_kernels.lane import Lane, lanes_of, rank_views
+from peftfast_kernels.launch import Launch, recording
 from peftfast_kernels.lora_grad import lora_grad_a, lora_grad_b
 from peftfast_kernels.lora_matmul import lora_matmul
 from peftfast_kernels.lora_shrink import lora_shrink
+from peftfast_kernels.variant import Variant
 
 
 def lora_linear_forward(
@@ -153,7 +155,7 @@ def _grad_x(
 
 
 def _fused(x: Tensor) -> bool:
-    return tiles.gemm_plan(device.arch(x.device), x.dtype, x.is_cuda) == "fused"
+    return tiles.gemm_plan(device.arch(x.device), x.dtype, device.on_gpu(x.device)) == "fused"
 
 
 def _like(parameter: Tensor, filled: bool) -> Tensor:
@@ -164,3 +166,86 @@ def _like(parameter: Tensor, filled: bool) -> Tensor:
 def _bottleneck_dtype(lora_a: Sequence[Tensor]) -> torch.dtype:
     """The dtype of t and g: the widest of the adapters'."""
     return functools.reduce(torch.promote_types, (a.dtype for a in lora_a))
+
+
+def record(
+    arch: int,
+    rows: int,
+    in_features: int,
+    out_features: Sequence[int],
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    *,
+    dropout_p: float = 0.0,
+    bias: bool = False,
+    sm_count: int = 132,
+) -> list[Launch]:
+    """The launches of one forward and backward of sibling linears, an adapter each, on a GPU that needn't be there."""
+
+    def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=like, device="meta")
+
+    x = empty(rows, in_features)
+    weights = [empty(n, in_features) for n in out_features]
+    biases = [empty(n) if bias else None for n in out_features]
+    lora_a = [empty(r, in_features, like=adapter_dtype) for r in ranks]
+    lora_b = [empty(n, r, like=adapter_dtype) for n, r in zip(out_features, ranks, strict=True)]
+    seed = empty(len(ranks), like=torch.int64) if dropout_p else None
+    count = len(ranks)
+    settings = (list(range(count)), [1.0] * count, [dropout_p] * count, seed)
+    yes, no = [True] * count, [False] * count
+    with recording(arch, sm_count) as launches:
+        ys, t = lora_linear_forward(x, weights, biases, lora_a, lora_b, *settings)
+        lora_linear_backward(
+            ys, t, x, weights, biases, lora_a, lora_b, *settings, True, no, no, yes, yes
+        )
+    return launches
+
+
+def programs(
+    m: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    arch: int,
+    sm_count: int = 132,
+) -> dict[str, int]:
+    """Programs a launch, by kernel, of one linear's forward and backward; numbered where a kernel runs twice."""
+    launches = record(
+        arch, m, in_features, [out_features], [rank], dtype, dtype, dropout_p=0.1, sm_count=sm_count
+    )
+    counts: dict[str, int] = {}
+    for launch in launches:
+        name = launch.name.strip("_")
+        again = sum(key.split(" #")[0] == name for key in counts)
+        counts[f"{name} #{again + 1}" if again else name] = launch.programs
+    return counts
+
+
+def aot_variants(arch: int) -> Iterator[Variant]:
+    """Every kernel as the tiles pinned for this architecture have it, both GEMM plans included."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    wide, qkv = [4096], [4096, 1024, 1024]
+    cases = [
+        ("bf16", bf16, bf16, 4096, wide, [16], 0.0),
+        ("bf16", bf16, bf16, 4096, wide, [128], 0.1),
+        ("bf16", bf16, bf16, 4096, qkv, [16, 16, 16], 0.1),
+        ("bf16", bf16, bf16, 1000, [1000], [8], 0.1),
+        ("bf16+fp32", bf16, fp32, 4096, wide, [16], 0.1),
+        ("bf16+fp32", bf16, fp32, 4096, wide, [64], 0.0),
+        ("fp32", fp32, fp32, 4096, wide, [16], 0.1),
+    ]
+    seen = set()
+    for label, dtype, adapter_dtype, in_features, outs, ranks, p in cases:
+        for plan in ("fused", "library"):
+            with tiles.forced_gemm_plan(plan):
+                launches = record(
+                    arch, 8192, in_features, outs, ranks, dtype, adapter_dtype, dropout_p=p, bias=True
+                )
+            for variant in (launch.variant(label) for launch in launches):
+                kind = (variant.name, variant.signature, variant.constexprs, variant.attrs)
+                if repr(kind) not in seen:
+                    seen.add(repr(kind))
+                    yield variant

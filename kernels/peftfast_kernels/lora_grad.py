@@ -19,13 +19,23 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import device, tiles, workspace
-from peftfast_kernels.lane import Lane, launches, rank_views, strides, triton_dtype
+from peftfast_kernels.dots import dot_adapter_left, dot_adapter_right
+from peftfast_kernels.lane import (
+    Lane,
+    launches,
+    rank_views,
+    skinny_mma,
+    strides,
+    triton_dtype,
+    with_dropout,
+)
+from peftfast_kernels.launch import launch
 from peftfast_kernels.lora_shrink import lora_shrink
 from peftfast_kernels.philox import keep_tile
 from peftfast_kernels.split_reduce import split_reduce
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "span"])
 def _lora_grad_b_kernel(
     dy_ptr,
     b_ptrs,
@@ -63,9 +73,9 @@ def _lora_grad_b_kernel(
     accs = ()
     for i in tl.static_range(len(t_ptrs)):
         if NEED_G:
-            position = rn[:, None] * strides_bn[i] + rr[None, :] * strides_br[i]
-            inside = (rn[:, None] < N) & (rr[None, :] < ranks[i])
-            bs = bs + (tl.load(b_ptrs[i] + position, mask=inside, other=0.0).to(COMPUTE),)
+            b_position = rn[:, None] * strides_bn[i] + rr[None, :] * strides_br[i]
+            b_inside = (rn[:, None] < N) & (rr[None, :] < ranks[i])
+            bs = bs + (tl.load(b_ptrs[i] + b_position, mask=b_inside, other=0.0).to(COMPUTE),)
         if NEED_B:
             accs = accs + (tl.zeros((BLOCK_N, RANK_BLOCK), dtype=tl.float32),)
     for m0 in range(start, tl.minimum(start + span, M), BLOCK_M):
@@ -77,22 +87,23 @@ def _lora_grad_b_kernel(
         for i in tl.static_range(len(t_ptrs)):
             mask = (rm[:, None] < M) & (rr[None, :] < ranks[i])
             if NEED_G:
-                g = tl.dot(dy, bs[i], input_precision=PRECISION) * scales[i]
+                g = tl.zeros((BLOCK_M, RANK_BLOCK), dtype=tl.float32)
+                g = dot_adapter_right(dy, bs[i], g, PRECISION) * scales[i]
                 place = pid_n * stride_gs + rm[:, None] * stride_gm + rr[None, :]
                 tl.store(g_ptrs[i] + place, g, mask=mask)
             if NEED_B:
                 t = tl.load(t_ptrs[i] + rm[:, None] * strides_tm[i] + rr[None, :], mask=mask, other=0.0)
-                acc = tl.dot(tl.trans(dy), t.to(COMPUTE), accs[i], input_precision=PRECISION)
+                acc = dot_adapter_right(tl.trans(dy), t.to(COMPUTE), accs[i], PRECISION)
                 updated = updated + (acc,)
         accs = updated
     if NEED_B:
         for i in tl.static_range(len(t_ptrs)):
-            place = pid_s * stride_ds + rn[:, None] * strides_dn[i] + rr[None, :]
-            inside = (rn[:, None] < N) & (rr[None, :] < ranks[i])
-            tl.store(db_ptrs[i] + place, accs[i], mask=inside)
+            db_position = pid_s * stride_ds + rn[:, None] * strides_dn[i] + rr[None, :]
+            db_inside = (rn[:, None] < N) & (rr[None, :] < ranks[i])
+            tl.store(db_ptrs[i] + db_position, accs[i], mask=db_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "span"])
 def _lora_grad_a_kernel(
     x_ptr,
     g_ptrs,
@@ -137,9 +148,8 @@ def _lora_grad_a_kernel(
                 dropped = tl.where(keep, x, 0.0)
             mask = (rm[:, None] < M) & (rr[None, :] < ranks[i])
             g = tl.load(g_ptrs[i] + rm[:, None] * strides_gm[i] + rr[None, :], mask=mask, other=0.0)
-            acc = tl.dot(
-                tl.trans(g.to(COMPUTE)), dropped.to(COMPUTE), accs[i], input_precision=PRECISION
-            )
+            g_rows = tl.trans(g.to(COMPUTE))  # [RB, BM]
+            acc = dot_adapter_left(g_rows, dropped.to(COMPUTE), accs[i], PRECISION)
             updated = updated + (acc,)
         accs = updated
     for i in tl.static_range(len(g_ptrs)):
@@ -188,7 +198,9 @@ def lora_grad_b(
     for _, start, portion in portions:
         here = slice(start, start + len(portion))
         bs = [lane.b for lane in portion]
-        _lora_grad_b_kernel[(blocks, splits)](
+        launch(
+            _lora_grad_b_kernel,
+            (blocks, splits),
             dy,
             tuple(bs),
             tuple(ts[here]),
@@ -207,10 +219,11 @@ def lora_grad_b(
             strides(db_views[here], 0),
             tuple(lane.rank for lane in portion),
             tuple(lane.scale for lane in portion),
+            mma=skinny_mma(dy.dtype, ts[0].dtype),
             NEED_G=g is not None,
             NEED_B=bool(dbs),
             COMPUTE=triton_dtype(ts[0].dtype),
-            PRECISION=device.fp32_precision(dy.dtype),
+            PRECISION=device.adapter_precision(dy.dtype, ts[0].dtype),
             RANK_BLOCK=block,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
@@ -246,7 +259,10 @@ def lora_grad_a(
     views = [parts.first(lane.index)[lane.row : lane.row + lane.rank] for lane in lanes]
     for _, start, portion in portions:
         here = slice(start, start + len(portion))
-        _lora_grad_a_kernel[(blocks, splits)](
+        dropping = with_dropout(portion, seed)
+        launch(
+            _lora_grad_a_kernel,
+            (blocks, splits),
             x,
             tuple(gs[here]),
             tuple(views[here]),
@@ -259,11 +275,12 @@ def lora_grad_a(
             strides(gs[here], 0),
             parts.stride,
             tuple(lane.rank for lane in portion),
-            tuple(lane.limit for lane in portion),
-            tuple(lane.index for lane in portion),
+            tuple(lane.limit for lane in dropping),
+            tuple(lane.index for lane in dropping),
+            mma=skinny_mma(x.dtype, gs[0].dtype),
             COMPUTE=triton_dtype(gs[0].dtype),
-            PRECISION=device.fp32_precision(x.dtype),
-            DROPOUT=seed is not None and any(lane.drops for lane in portion),
+            PRECISION=device.adapter_precision(x.dtype, gs[0].dtype),
+            DROPOUT=bool(dropping),
             RANK_BLOCK=block,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,

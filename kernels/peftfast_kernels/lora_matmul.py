@@ -10,6 +10,7 @@ t and U. Without any x_g the kernel is the up-projection alone (the library plan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import triton
@@ -17,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import device, tiles
-from peftfast_kernels.lane import Lane, strides
+from peftfast_kernels.lane import Lane, strides, with_dropout
+from peftfast_kernels.launch import launch
 from peftfast_kernels.philox import keep_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_matmul_kernel(
     out_ptr,
     x_ptrs,
@@ -75,7 +77,7 @@ def _lora_matmul_kernel(
         low_rank = acc
         if DROPOUT:
             low_rank = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for r0 in range(0, ranks[i], RANK_BLOCK):
+        for r0 in tl.range(0, ranks[i], RANK_BLOCK, num_stages=1):
             left = ranks[i] - r0
             t_position = rm[:, None] * strides_tm[i] + (r0 + rr)[None, :]
             u_position = (r0 + rr)[:, None] * strides_ur[i] + rn[None, :] * strides_un[i]
@@ -132,15 +134,22 @@ def lora_matmul(
         seed: int64, one an adapter; None switches dropout off.
     """
     rows, columns = out.shape
-    dropout = seed is not None and any(lane.drops for lane in lanes)
+    dropping = with_dropout(lanes, seed)
     arch, itemsize = device.arch(out.device), out.element_size()
     if xs:
-        tile = tiles.matmul_tile(arch, itemsize, dropout)
+        aligned = all(16 in (math.gcd(16, v.stride(0)), math.gcd(16, v.stride(1))) for v in (*xs, *ws))
+        tile = tiles.matmul_tile(arch, itemsize, bool(dropping), aligned)
     else:
-        tile = tiles.expand_tile(itemsize)
+        tile = tiles.expand_tile(itemsize, bool(dropping))
     block = tiles.matmul_rank_block([lane.rank for lane in lanes])
+    if itemsize == 4 and device.matmul_precision(out.dtype) == "ieee":
+        mma = "none"
+    else:
+        mma = "native" if xs else "any"
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)
-    _lora_matmul_kernel[grid](
+    launch(
+        _lora_matmul_kernel,
+        grid,
         out,
         tuple(xs),
         tuple(ws),
@@ -160,11 +169,12 @@ def lora_matmul(
         strides(us, 0),
         strides(us, 1),
         tuple(lane.rank for lane in lanes),
-        tuple(lane.limit for lane in lanes),
-        tuple(lane.index for lane in lanes),
+        tuple(lane.limit for lane in dropping),
+        tuple(lane.index for lane in dropping),
+        mma=mma,
         HAS_BIAS=bias is not None,
-        PRECISION=device.fp32_precision(out.dtype),
-        DROPOUT=dropout,
+        PRECISION=device.matmul_precision(out.dtype),
+        DROPOUT=bool(dropping),
         EVEN_K=all(x.shape[1] % tile.block_k == 0 for x in xs),
         RANK_BLOCK=block,
         BLOCK_M=tile.block_m,

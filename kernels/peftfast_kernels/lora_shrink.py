@@ -14,12 +14,22 @@ import triton.language as tl
 from torch import Tensor
 
 from peftfast_kernels import device, tiles, workspace
-from peftfast_kernels.lane import Lane, launches, rank_views, strides, triton_dtype
+from peftfast_kernels.dots import dot_adapter_right
+from peftfast_kernels.lane import (
+    Lane,
+    launches,
+    rank_views,
+    skinny_mma,
+    strides,
+    triton_dtype,
+    with_dropout,
+)
+from peftfast_kernels.launch import launch
 from peftfast_kernels.philox import keep_tile
 from peftfast_kernels.split_reduce import split_reduce
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "span"])
 def _lora_shrink_kernel(
     x_ptr,
     p_ptrs,
@@ -72,7 +82,7 @@ def _lora_shrink_kernel(
                 seed = tl.load(seed_ptr + seeds[i])
                 keep = keep_tile(seed, limits[i], rm, k0, K, BLOCK_M, BLOCK_K)
                 dropped = tl.where(keep, x, 0.0)
-            acc = tl.dot(dropped.to(COMPUTE), p.to(COMPUTE), accs[i], input_precision=PRECISION)
+            acc = dot_adapter_right(dropped.to(COMPUTE), p.to(COMPUTE), accs[i], PRECISION)
             updated = updated + (acc,)
         accs = updated
     for i in tl.static_range(len(p_ptrs)):
@@ -105,7 +115,10 @@ def lora_shrink(
     views = rank_views(partial, lanes)
     for _, start, portion in portions:
         here = slice(start, start + len(portion))
-        _lora_shrink_kernel[(row_blocks, splits)](
+        dropping = with_dropout(portion, seed)
+        launch(
+            _lora_shrink_kernel,
+            (row_blocks, splits),
             x,
             tuple(projections[here]),
             tuple(views[here]),
@@ -121,11 +134,12 @@ def lora_shrink(
             partial.stride(1),
             tuple(lane.rank for lane in portion),
             tuple(lane.scale for lane in portion),
-            tuple(lane.limit for lane in portion),
-            tuple(lane.index for lane in portion),
+            tuple(lane.limit for lane in dropping),
+            tuple(lane.index for lane in dropping),
+            mma=skinny_mma(x.dtype, t.dtype),
             COMPUTE=triton_dtype(t.dtype),
-            PRECISION=device.fp32_precision(x.dtype),
-            DROPOUT=seed is not None and any(lane.drops for lane in portion),
+            PRECISION=device.adapter_precision(x.dtype, t.dtype),
+            DROPOUT=bool(dropping),
             EVEN_K=depth % tile.block_k == 0,
             RANK_BLOCK=block,
             BLOCK_M=tile.block_m,

@@ -5,16 +5,15 @@ Traffic: each workspace read once, each output written once. Deterministic: no a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels.variant import Variant
+from peftfast_kernels.launch import launch
 
-_BLOCK = 1024
+_BLOCK = 256
 
 
 @triton.jit
@@ -37,11 +36,16 @@ def split_reduce(workspaces: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     """Sum each float32 workspace [splits, n], unit inner stride, into its contiguous output of n elements."""
     sizes = tuple(out.numel() for out in outs)
     grid = (triton.cdiv(max(sizes), _BLOCK), len(outs))
-    _split_reduce_kernel[grid](
+    launch(
+        _split_reduce_kernel,
+        grid,
         tuple(workspaces),
         tuple(outs),
         sizes,
         tuple(w.shape[0] for w in workspaces),
         tuple(w.stride(0) for w in workspaces),
+        mma="none",
         BLOCK=_BLOCK,
+        num_warps=2,
+        num_stages=1,
     )

@@ -6,7 +6,9 @@ that matter. To add an architecture, add its row to the tables and its number to
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +58,8 @@ def rank_block(ranks: list[int]) -> int:
 
 
 def matmul_rank_block(ranks: list[int]) -> int:
-    """The step in which the GEMM's kernel takes ranks, 16 to 64: it loops over what is above."""
-    return min(64, rank_block(ranks)) if ranks else 16
+    """The step in which the GEMM's kernel takes ranks, 16 or 32: it loops over what is above."""
+    return min(32, rank_block(ranks)) if ranks else 16
 
 
 def lanes_per_launch(block: int) -> int:
@@ -65,32 +67,47 @@ def lanes_per_launch(block: int) -> int:
     return max(1, min(MAX_LANES, _LANE_BUDGET // block))
 
 
+@dataclass(frozen=True)
+class _MatmulTiles:
+    """The GEMM's tiles on one architecture."""
+
+    plain: Tile
+    dropout: Tile  # the masks of the low-rank part need registers of their own
+    ragged: Tile  # row lengths that are no multiple of 16: loads of single elements
+    full: Tile  # float32
+
+
+_FULL = Tile(64, 64, 16, 4, 2)
+_RAGGED = Tile(64, 64, 32, 4, 2)
 _MATMUL = {
-    # (16-bit, no dropout), (16-bit, dropout), float32
-    80: (Tile(128, 128, 32, 4, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 16, 8, 2)),
-    86: (Tile(128, 128, 32, 4, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 16, 8, 2)),
-    89: (Tile(128, 128, 32, 4, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 16, 8, 2)),
-    90: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 16, 8, 2)),
-    100: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 16, 8, 2)),
+    80: _MatmulTiles(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 8, 4), _RAGGED, _FULL),
+    86: _MatmulTiles(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), _RAGGED, _FULL),
+    89: _MatmulTiles(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), _RAGGED, _FULL),
+    90: _MatmulTiles(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), _RAGGED, _FULL),
+    100: _MatmulTiles(Tile(128, 256, 64, 8, 3), Tile(128, 64, 64, 8, 3), _RAGGED, _FULL),
 }
 
 
-def matmul_tile(arch: int, itemsize: int, dropout: bool) -> Tile:
+def matmul_tile(arch: int, itemsize: int, dropout: bool, aligned: bool) -> Tile:
     """Tile of the GEMM with the up-projection inside."""
-    plain, dropped, full = _MATMUL[table_arch(arch)]
+    row = _MATMUL[table_arch(arch)]
     if itemsize == 4:
-        return full
-    return dropped if dropout else plain
+        return row.full
+    if not aligned:
+        return row.ragged
+    return row.dropout if dropout else row.plain
 
 
-def expand_tile(itemsize: int) -> Tile:
+def expand_tile(itemsize: int, dropout: bool) -> Tile:
     """Tile of the up-projection alone: the GEMM's kernel without a GEMM."""
-    return Tile(64, 64, 16, 4, 1) if itemsize == 4 else Tile(64, 128, 16, 4, 1)
+    return Tile(64, 64, 16, 4, 1) if itemsize == 4 or dropout else Tile(64, 128, 16, 4, 1)
 
 
 def shrink_tile(itemsize: int, adapter_itemsize: int, lanes: int, block: int) -> Tile:
     """Tile of x A^T: block_m rows, block_k of depth."""
-    depth = 64 if max(itemsize, adapter_itemsize) == 4 or lanes * block > 64 else 128
+    if lanes * block > 64:
+        return Tile(64, block, 32, 8, 3)
+    depth = 64 if max(itemsize, adapter_itemsize) == 4 or lanes > 1 else 128
     return Tile(32, block, depth, 4, 3)
 
 
@@ -141,6 +158,8 @@ def gemm_plan(arch: int, dtype: torch.dtype, on_gpu: bool) -> str:
     behind from sm_90 on, and float32 without TF32 has no tensor cores to gain from. The environment variable
     PEFTFAST_LORA_GEMM overrides the rule.
     """
+    if _forced:
+        return _forced[-1]
     if asked := os.environ.get("PEFTFAST_LORA_GEMM"):
         if asked not in ("fused", "library"):
             raise ValueError(f"PEFTFAST_LORA_GEMM is {asked!r}; allowed: 'fused', 'library'")
@@ -148,3 +167,16 @@ def gemm_plan(arch: int, dtype: torch.dtype, on_gpu: bool) -> str:
     if not on_gpu:
         return "fused"
     return "library" if dtype == torch.float32 or table_arch(arch) >= 90 else "fused"
+
+
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def forced_gemm_plan(plan: str) -> Iterator[None]:
+    """Use one plan whatever the rule says."""
+    _forced.append(plan)
+    try:
+        yield
+    finally:
+        _forced.pop()

@@ -1,0 +1,5 @@
+"""The kernel modules whose variants are compiled ahead of time."""
+
+from __future__ import annotations
+
+KERNEL_MODULES: tuple[str, ...] = ("peftfast_kernels.lora",)
