@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("triton", reason="compiling needs triton")
 from triton.backends.nvidia.compiler import get_ptxas
 
+from peftfast_kernels.aot import main
+
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 
@@ -155,22 +157,33 @@ def test_a_fault_in_the_compiler_makes_one_row_red(handmade: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
+    ("arguments", "message"),
     [
-        (["--kernel", "godo"], {}, "unknown kernel godo; known: good, mismatched"),
-        (["--arch", "70"], {}, "invalid choice: 70"),
-        (["--jobs", "0"], {}, "--jobs is 0, at least 1"),
-        (["--json", "no/such/folder/rows.json"], {}, "can't write no/such/folder/rows.json"),
-        (["--modules", "no_such_module"], {}, "No module named 'no_such_module'"),
-        (["--modules", "json"], {}, "json has no aot_variants(arch)"),
-        ([], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
+        (["--kernel", "godo"], "unknown kernel godo; known: good, mismatched"),
+        (["--arch", "70"], "invalid choice: 70"),
+        (["--jobs", "0"], "--jobs is 0, at least 1"),
+        (["--json", "no/such/folder/rows.json"], "can't write no/such/folder/rows.json"),
+        (["--modules", "no_such_module"], "No module named 'no_such_module'"),
+        (["--modules", "json"], "json has no aot_variants(arch)"),
     ],
-    ids=["kernel", "arch", "jobs", "json", "module", "no variants", "interpreter"],
+    ids=["kernel", "arch", "jobs", "json", "module", "no variants"],
 )
 def test_bad_arguments_give_status_2_and_say_what_is_wrong(
-    tmp_path: Path, arguments: list[str], environment: dict[str, str], message: str
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    process = run_aot("--modules", "handmade_kernels", *arguments, cache=tmp_path, **environment)
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["--modules", "handmade_kernels", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_interpreter_is_refused(tmp_path: Path) -> None:
+    process = run_aot("--modules", "handmade_kernels", cache=tmp_path, TRITON_INTERPRET="1")
     assert process.returncode == 2
-    assert message in process.stderr
+    assert "TRITON_INTERPRET is set" in process.stderr
     assert "Traceback" not in process.stderr

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton", reason="the tools come in triton's wheel")
+from peftfast_kernels import cubin
 from peftfast_kernels.cubin import CubinFacts, parse_listing, read_cubin
 
 LISTING = """
@@ -69,3 +72,19 @@ def test_a_listing_without_instructions_is_refused() -> None:
 def test_what_is_no_cubin_is_refused() -> None:
     with pytest.raises(ValueError, match="cuobjdump can't read"):
         read_cubin(b"not a cubin", 80)
+
+
+def test_a_cubin_is_disassembled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    read: list[bytes] = []
+
+    def disassemble(content: bytes) -> str:
+        read.append(content)
+        return LISTING.format(arch=90, shared=1024)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cubin, "_disassemble", disassemble)
+    first, again, other = read_cubin(b"one", 90), read_cubin(b"one", 90), read_cubin(b"two", 90)
+    assert first == again == other == parse_listing(LISTING.format(arch=90, shared=1024), 90)
+    assert read == [b"one", b"two"]
+    with pytest.raises(ValueError, match="not for sm_80"):
+        read_cubin(b"one", 80)
