@@ -32,6 +32,13 @@ class Case:
     dys: Sequence[Tensor]
     settings: Row = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """The variant and its settings, in a line."""
+        return ", ".join(
+            [self.variant, *(f"{key} {value}" for key, value in self.settings.items())]
+        )
+
     def step(self) -> tuple[Tensor, ...]:
         """Forward, then the gradients of x and of the parameters."""
         outputs = self.forward(self.x)

@@ -19,6 +19,7 @@ from benchmarks.registry import (
     BenchmarkError,
     CountedReport,
     Request,
+    Say,
     counted_benchmarks,
     timed_benchmarks,
 )
@@ -42,6 +43,11 @@ def _chosen(names: Sequence[str], known: Mapping[str, _T]) -> list[_T]:
     if unknown := [name for name in names if name not in known]:
         raise BenchmarkError(f"no benchmark {', '.join(unknown)}; there are: {', '.join(known)}")
     return [known[name] for name in names]
+
+
+def _progress(name: str) -> Say:
+    """Lines of progress on standard error."""
+    return lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True)
 
 
 def _write_json(value: Any, path: str | None) -> None:
@@ -73,7 +79,7 @@ def count_traffic(
     reports: list[dict[str, Any]] = []
     missed = False
     for benchmark in chosen:
-        report = benchmark.count()
+        report = benchmark.count(_progress(benchmark.name))
         _show_report(out, benchmark.name, report)
         missed |= not all(target.met for target in report.targets)
         reports.append(
@@ -148,12 +154,13 @@ def run_timed(
         print(error, file=sys.stderr)
         return 2
     out = console(to_stderr=json_path == "-")
-    request = Request(where, quick, None if budget is None else monotonic() + budget)
+    deadline = None if budget is None else monotonic() + budget
     stamp = provenance(where)
     rows: list[dict[str, Any]] = []
     targets: list[Target] = []
     failed = False
     for benchmark in chosen:
+        request = Request(where, quick, deadline, _progress(benchmark.name))
         try:
             for outcome in benchmark.time(request):
                 fresh = [

@@ -35,6 +35,11 @@ class Config:
     dtype: torch.dtype
     dropout_p: float
 
+    @property
+    def title(self) -> str:
+        """The configuration in a line."""
+        return ", ".join(f"{key} {value}" for key, value in self.as_dict().items())
+
     def as_dict(self) -> Row:
         """The fields, for JSON."""
         return {**self.shape.as_dict(), "dtype": short(self.dtype), "dropout": self.dropout_p}
@@ -118,6 +123,8 @@ def peft(
     """PEFT's layer as it is, or compiled; checked with dropout off, its masks being unknown."""
     operands = lora_operands(config.shape, config.dtype, adapter_dtype, device)
     layer = peft_layer(operands, config.dropout_p)
+    if compiled:  # else earlier layers' compilations count towards the limit of recompilations
+        torch.compiler.reset()
     case = Case(
         variant_name("peft compiled" if compiled else "peft", adapter_dtype),
         torch.compile(layer) if compiled else layer,

@@ -83,7 +83,12 @@ def with_adapters(base: nn.Module, dropout_p: float, *, widened: bool) -> nn.Mod
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compiles each decoder layer in place; the layers are alike: one compilation serves all."""
+    """Compiles each decoder layer in place; the layers are alike: one compilation serves all.
+
+    What was compiled before is forgotten, so that its variety can't use up the limit of
+    recompilations, beyond which PyTorch runs uncompiled.
+    """
+    torch.compiler.reset()
     decoder: Any = model
     for layer in decoder.get_base_model().model.layers:
         layer.compile()

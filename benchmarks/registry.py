@@ -14,6 +14,7 @@ import torch
 from benchmarks.targets import Target
 
 Row = dict[str, Any]
+Say = Callable[[str], None]  # tells the person who waits what is being done
 
 
 class BenchmarkError(RuntimeError):
@@ -46,15 +47,19 @@ class Request:
         device: where.
         quick: fewer configurations and samples, for a look or a test.
         deadline: `time.monotonic()` after which no further configuration is started, or None.
+        say: takes a line of progress.
     """
 
     device: torch.device
     quick: bool
     deadline: float | None
+    say: Say
 
-    def expired(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and monotonic() > self.deadline
+    def expired(self, what: str) -> bool:
+        """Whether the deadline has passed, so that `what` must not start; says which it is."""
+        late = self.deadline is not None and monotonic() > self.deadline
+        self.say(f"out of time, not started: {what}" if late else what)
+        return late
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Outcome:
     refused: list[str] = field(default_factory=list)
 
 
-Count = Callable[[], CountedReport]
+Count = Callable[[Say], CountedReport]
 Time = Callable[[Request], Iterator[Outcome]]
 _F = TypeVar("_F", Count, Time)
 

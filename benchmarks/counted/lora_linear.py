@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.baselines import LoraShape, adapter_parameters, lora_operands, peft_layer
 from benchmarks.cases import Case, count_case, short
-from benchmarks.registry import CountedReport, counted
+from benchmarks.registry import CountedReport, Say, counted
 from benchmarks.targets import Target
 from peftfast.ops import lora_linear
 
@@ -51,7 +51,7 @@ def peftfast_case(adapter_dtype: torch.dtype, dropout_p: float) -> Case:
 
 
 @counted("lora_linear", "one LoRA linear, forward + backward: frozen alone, PEFT, peftfast")
-def count() -> CountedReport:
+def count(say: Say) -> CountedReport:
     """Frozen alone; PEFT and peftfast with float32 and 16-bit adapters, dropout 0 and 0.1."""
     unit = SHAPE.rows * SHAPE.in_features * DTYPE.itemsize
     first, frozen = count_case(frozen_case(), unit, None)
@@ -59,7 +59,9 @@ def count() -> CountedReport:
     for make in (peft_case, peftfast_case):
         for adapter_dtype in (torch.float32, DTYPE):
             for dropout_p in (0.0, 0.1):
-                row, _ = count_case(make(adapter_dtype, dropout_p), unit, frozen)
+                case = make(adapter_dtype, dropout_p)
+                say(case.title)
+                row, _ = count_case(case, unit, frozen)
                 rows.append(row)
     for row in rows:
         if row["variant"] == "peftfast":

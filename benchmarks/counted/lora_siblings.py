@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from benchmarks.baselines import LoraOperands, adapter_parameters, lora_operands, peft_layer
 from benchmarks.cases import Case, count_case, short
 from benchmarks.counted.lora_linear import CPU, DTYPE, SHAPE, WORKSPACE_LIMIT
-from benchmarks.registry import CountedReport, counted
+from benchmarks.registry import CountedReport, Say, counted
 from benchmarks.targets import Target
 from peftfast.ops import lora_linear_group
 
@@ -72,7 +72,7 @@ def peftfast_case(adapter_dtype: torch.dtype, dropout_p: float) -> Case:
 
 
 @counted("lora_siblings", "q, k, v on one x, forward + backward: frozen alone, PEFT, peftfast")
-def count() -> CountedReport:
+def count(say: Say) -> CountedReport:
     """Frozen alone; PEFT with 16-bit and peftfast with float32 and 16-bit adapters."""
     unit = SHAPE.rows * SHAPE.in_features * DTYPE.itemsize
     first, frozen = count_case(frozen_case(), unit, None)
@@ -84,6 +84,7 @@ def count() -> CountedReport:
         peftfast_case(DTYPE, 0.0),
         peftfast_case(DTYPE, 0.1),
     ):
+        say(case.title)
         row, _ = count_case(case, unit, frozen)
         row["extra_per_linear_u"] = row["extra_u"] / SIBLINGS
         rows.append(row)

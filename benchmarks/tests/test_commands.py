@@ -12,7 +12,7 @@ import torch
 from benchmarks import commands, gpu
 from benchmarks.__main__ import main
 from benchmarks.gates import GateFailed
-from benchmarks.registry import Counted, CountedReport, Outcome, Timed
+from benchmarks.registry import Counted, CountedReport, Outcome, Request, Timed
 from benchmarks.targets import Target
 from benchmarks.timing import Samples, back_to_back, interleaved
 
@@ -48,7 +48,10 @@ def fake(monkeypatch):
         return CountedReport({"rows": 1}, 10, [row], {}, [Target("extra u", value, 3.3)])
 
     timed = [Timed("good", "", good), Timed("wrong", "", wrong)]
-    counted = [Counted("met", "", lambda: report(3.0)), Counted("missed", "", lambda: report(4.0))]
+    counted = [
+        Counted("met", "", lambda say: report(3.0)),
+        Counted("missed", "", lambda say: report(4.0)),
+    ]
     monkeypatch.setattr(commands, "timed_benchmarks", lambda: {b.name: b for b in timed})
     monkeypatch.setattr(commands, "counted_benchmarks", lambda: {b.name: b for b in counted})
 
@@ -147,3 +150,11 @@ def test_timing_is_interleaved_and_summarised():
 def test_targets(value, met):
     assert Target("t", value, 1.0).met is met
     assert Target("t", -value, -1.0, at_least=True).met is met
+
+
+def test_nothing_is_started_after_the_deadline():
+    said: list[str] = []
+    past = Request(CPU, quick=True, deadline=0.0, say=said.append)
+    assert past.expired("8B") is True
+    assert Request(CPU, quick=True, deadline=None, say=said.append).expired("1B") is False
+    assert said == ["out of time, not started: 8B", "1B"]

@@ -54,9 +54,9 @@ def time(request: Request) -> Iterator[Outcome]:
     for k, n in WIDTHS:
         for m in reversed(ROWS):
             for p in (0.1,) if request.quick else (0.1, 0.0):
-                if request.expired():
-                    return
                 config = Config(LoraShape(m, k, n, 16), torch.bfloat16, p)
+                if request.expired(config.title):
+                    return
                 yield _time_config(config, request, ceilings)
 
 

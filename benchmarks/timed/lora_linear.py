@@ -49,7 +49,7 @@ def time(request: Request) -> Iterator[Outcome]:
     """Frozen alone; peftfast and PEFT with adapters of x's dtype and float32; PEFT compiled."""
     ceilings: Ceilings | None = None
     for config in configs(request):
-        if request.expired():
+        if request.expired(config.title):
             return
         ceilings = ceilings or measure_ceilings(request.device, config.dtype)
         yield _time_config(config, request, ceilings)

@@ -99,7 +99,7 @@ def time(request: Request) -> Iterator[Outcome]:
     for p in (0.1,) if request.quick else (0.1, 0.0):
         config = Config(LoraShape(8192, 4096, 4096, 16), torch.bfloat16, p)
         for function, changes in CANDIDATES.items():
-            if request.expired():
+            if request.expired(f"{function}, {config.title}"):
                 return
             yield _time_kernel(function, changes, config, request, ceilings)
 

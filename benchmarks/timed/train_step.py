@@ -45,6 +45,11 @@ class Config:
     dropout_p: float
     compiled: bool
 
+    @property
+    def title(self) -> str:
+        """The configuration in a line."""
+        return f"{self.size.name}, {short(self.dtype)}, dropout {self.dropout_p}"
+
     def as_dict(self) -> Row:
         """The fields that tell rows apart, for JSON."""
         return {
@@ -79,7 +84,9 @@ class Variant:
 def configs(request: Request) -> list[Config]:
     """A tiny model on a CPU; 160M to 8B on a GPU, of which `quick` takes the ends."""
     if request.device.type == "cpu":
-        return [Config(SIZES["tiny"], torch.float32, p, compiled=False) for p in (0.0, 0.1)]
+        cases = [(torch.float32, 0.0), (torch.float32, 0.1)]
+        cases += [] if request.quick else [(torch.bfloat16, 0.0)]
+        return [Config(SIZES["tiny"], dtype, p, compiled=not request.quick) for dtype, p in cases]
     names = ("160M", "8B") if request.quick else ("160M", "1B", "3B", "8B")
     probabilities = (0.1,) if request.quick else (0.1, 0.0)
     return [
@@ -178,7 +185,7 @@ def time(request: Request) -> Iterator[Outcome]:
     """A tiny model on a CPU; 160M to 8B on a GPU."""
     ceilings: Ceilings | None = None
     for config in configs(request):
-        if request.expired():
+        if request.expired(config.title):
             return
         ceilings = ceilings or measure_ceilings(request.device, config.dtype)
         yield _time_config(config, request, ceilings)
@@ -187,12 +194,15 @@ def time(request: Request) -> Iterator[Outcome]:
 def _time_config(config: Config, request: Request, ceilings: Ceilings) -> Outcome:
     device = request.device
     chosen = variants(config)
-    gates = {variant.name: check(config, variant, device) for variant in chosen}
+    gates = {}
+    for variant in chosen:
+        request.say(f"checking {variant.name}")
+        gates[variant.name] = check(config, variant, device)
     base = base_model(config.size, config.dtype, device)
     batches = token_batches(config.size, device, BATCHES)
     trainers = {v.name: _Trainer(v.apply(base, config.dropout_p), batches) for v in chosen}
     calls: dict[str, Callable[[int], object]] = {n: t.step for n, t in trainers.items()}
-    samples = 5 if request.quick else 15
+    samples = 5 if request.quick else 15 if device.type == "cuda" else 9
     times = interleaved(calls, device, warmup=2 if request.quick else 3, samples=samples)
     least = floor(base, trainers[f"peft, {short(config.dtype)} adapters"], ceilings)
     rows: list[Row] = []
@@ -226,10 +236,11 @@ def _fused(model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def _targets(config: Config, device: torch.device, rows: dict[str, Row]) -> Iterator[Target]:
-    us, peft = (rows[f"{who}, {short(config.dtype)} adapters"] for who in ("peftfast", "peft"))
-    where = f"{config.size.name}, dropout {config.dropout_p}"
     limit = 1.1 if device.type == "cpu" and config.dropout_p > 0 else 1.0
-    ratio = us["time"]["median"] / peft["time"]["median"]
-    yield Target(f"{where}: time, peftfast / PEFT", ratio, limit)
-    peaks = us["peak_bytes"] / peft["peak_bytes"]
-    yield Target(f"{where}: peak memory, peftfast / PEFT", peaks, 1.0)
+    for adapters in dict.fromkeys((short(config.dtype), "float32")):
+        us, peft = (rows[f"{who}, {adapters} adapters"] for who in ("peftfast", "peft"))
+        where = f"{config.title}, {adapters} adapters"
+        ratio = us["time"]["median"] / peft["time"]["median"]
+        yield Target(f"{where}: time, peftfast / PEFT", ratio, limit)
+        peaks = us["peak_bytes"] / peft["peak_bytes"]
+        yield Target(f"{where}: peak memory, peftfast / PEFT", peaks, 1.0)
