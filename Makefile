@@ -37,7 +37,7 @@ aot: $(INSTALLED)  ## compile every kernel for every architecture, without a GPU
 	$(RUN) -m peftfast_kernels.aot $(ARGS)
 
 bench: $(INSTALLED)  ## benchmarks of the ops on the CPU, and the bytes that they move
-	$(RUN) -m pytest benchmarks $(ARGS)
+	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 	$(RUN) -m benchmarks traffic lora_linear
 
 traffic: $(INSTALLED)  ## only the bytes that they move, in Triton's interpreter
