@@ -54,12 +54,12 @@ def current(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """`tl.dot`'s input_precision for operands of one dtype: full, unless they are float32 and torch allows TF32."""
+    """`tl.dot`'s input_precision for one dtype: full, unless torch allows float32 to be TF32."""
     return "tf32" if dtype == torch.float32 and _tf32_allowed() else "ieee"
 
 
 def adapter_precision(activations: torch.dtype, compute: torch.dtype) -> str:
-    """The same for a skinny product; "tf32x2" (see `dots`) for 16-bit activations against float32 adapters."""
+    """The same for a skinny product: "tf32x2" (see `dots`) where only the adapters are float32."""
     mixed = compute == torch.float32 and activations != torch.float32
     return "tf32x2" if mixed else matmul_precision(compute)
 

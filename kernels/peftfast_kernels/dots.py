@@ -1,7 +1,8 @@
 """Products of 16-bit activations with float32 adapters on tensor cores, at float32's precision.
 
-A 16-bit activation is exact in TF32; the adapter's value is not, and is split into a TF32 head and the rest. Two TF32
-products then carry 22 bits of it or more, where rounding it would leave 11.
+A 16-bit activation is exact in TF32; the adapter's value is not, and is split into a TF32 head
+and the rest. Two TF32 products then carry 22 bits of it or more, where rounding it would leave
+11.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ def tf32_head(v):
 
 @triton.jit
 def dot_adapter_right(x, p, acc, PRECISION: tl.constexpr):
-    """acc + x p, with the adapter's operand on the right; PRECISION is "tf32x2" for the split, else `tl.dot`'s."""
+    """acc + x p, with the adapter's operand on the right; PRECISION is "tf32x2" for the split,
+    else `tl.dot`'s.
+    """
     if PRECISION == "tf32x2":
         head = tf32_head(p)
         acc = tl.dot(x, p - head, acc, input_precision="tf32")

@@ -55,7 +55,7 @@ def lanes_of(
 
 
 def launches(lanes: Sequence[Lane]) -> Iterator[tuple[int, int, Sequence[Lane]]]:
-    """The lanes in portions that one launch can hold: the rank block, the first lane's number, the lanes."""
+    """The portions that one launch can hold: rank block, number of the first lane, lanes."""
     block = rank_block([lane.rank for lane in lanes])
     step = lanes_per_launch(block)
     for start in range(0, len(lanes), step):
@@ -63,7 +63,7 @@ def launches(lanes: Sequence[Lane]) -> Iterator[tuple[int, int, Sequence[Lane]]]
 
 
 def rank_views(bottleneck: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
-    """The columns of a bottleneck [..., sum of ranks] that belong to each lane, side by side in the lanes' order."""
+    """Each lane's columns of a bottleneck [..., sum of ranks], side by side in their order."""
     return list(bottleneck.split([lane.rank for lane in lanes], dim=-1))
 
 
@@ -78,10 +78,12 @@ def strides(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...]:
 
 def triton_dtype(dtype: torch.dtype) -> Any:
     """The Triton type of a floating dtype."""
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[
+        dtype
+    ]
 
 
 def skinny_mma(activations: torch.dtype, compute: torch.dtype) -> str:
-    """The tensor-core instructions that a skinny product must use: none for float32 in full precision."""
+    """The tensor-core instructions a skinny product must hold: none for full float32."""
     full = compute == torch.float32 and adapter_precision(activations, compute) == "ieee"
     return "none" if full else "any"

@@ -1,8 +1,9 @@
 """One way to launch a kernel, and a way to see what would be launched without launching it.
 
-Every launcher calls `launch`. While `recording` is open, launches are kept instead of run: with tensors on the
-meta device the very launchers that serve a GPU then tell which kernels, tiles, specialisations and grids a call
-leads to on an architecture that isn't there. Ahead-of-time compilation and the counts of programs rest on this.
+Every launcher calls `launch`. While `recording` is open, launches are kept instead of run: with
+tensors on the meta device the very launchers that serve a GPU then tell which kernels, tiles,
+specialisations and grids a call leads to on an architecture that isn't there. Ahead-of-time
+compilation and the counts of programs rest on this.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as it was asked for: `meta` holds the constexprs by name, num_warps and num_stages."""
+    """A launch as it was asked for; `meta` holds constexprs, num_warps and num_stages."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -50,14 +51,16 @@ class Launch:
     def config(self) -> str:
         """Blocks, padded rank, lanes, warps, stages and the switches that are on, for tables."""
         blocks = [str(v) for k, v in self.meta.items() if k.startswith("BLOCK")]
-        lanes = [len(v) for k, v in zip(self.kernel.arg_names, self.args, strict=False) if k == "ranks"]
+        lanes = [
+            len(v) for k, v in zip(self.kernel.arg_names, self.args, strict=False) if k == "ranks"
+        ]
         rank = [f"r{self.meta['RANK_BLOCK']}x{n}" for n in lanes]
         run = [f"w{self.meta['num_warps']}", f"s{self.meta['num_stages']}"]
         switches = [k.lower() for k, v in self.meta.items() if v is True]
         return " ".join(["x".join(blocks), *rank, *run, *switches])
 
     def variant(self, dtype: str) -> Variant:
-        """What Triton's own launch would compile for these arguments: types, constants, known divisibility."""
+        """What Triton itself would compile for these arguments: types, constants, alignment."""
         constants: dict[Any, Any] = {k: v for k, v in self.meta.items() if k not in _OPTIONS}
         names = self.kernel.arg_names
         signature: dict[str, Any] = {name: "constexpr" for name in names[len(self.args) :]}

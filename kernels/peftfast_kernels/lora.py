@@ -6,8 +6,9 @@
     dA_i = g_i^T (mask_i * x)                    lora_grad_a   one read of x
     dx   = sum_j dy_j W_j + sum_i mask_i * (g_i A_i)           lora_matmul
 
-with scale_i = scaling_i / P(kept). Beyond the frozen linears' own traffic: x twice and dy once. In the "library" plan
-(`tiles.gemm_plan`) torch's GEMM adds to the low-rank part instead: y and dx are written once more and read once.
+with scale_i = scaling_i / P(kept). Beyond the frozen linears' own traffic: x twice and dy once.
+In the "library" plan (`tiles.gemm_plan`) torch's GEMM adds to the low-rank part instead: y and dx
+are written once more and read once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def lora_linear_forward(
     dropout_p: Sequence[float],
     seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs y_j [M, N_j] and the scaled bottlenecks t [M, sum r_i], adapters side by side; x is [M, K]."""
+    """Outputs y_j [M, N_j] and the bottlenecks t [M, sum r_i], side by side; x is [M, K]."""
     rows = x.shape[0]
     t = x.new_empty((rows, sum(a.shape[0] for a in lora_a)), dtype=_bottleneck_dtype(lora_a))
     ys = [x.new_empty((rows, w.shape[0])) for w in weights]
@@ -81,7 +82,10 @@ def lora_linear_backward(
     need_a: Sequence[bool],
     need_b: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients asked for, in the order x, weights, biases, lora_a, lora_b; dys are [M, N_j], None for zero."""
+    """The gradients asked for, in the order x, weights, biases, lora_a, lora_b.
+
+    dys are [M, N_j], None for zero; t is the forward's.
+    """
     present = {j: dy for j, dy in enumerate(dys) if dy is not None and dy.shape[0] > 0}
     lanes = lanes_of(lora_a, lora_b, owners, scaling, dropout_p, tiles.MAX_RANK_BLOCK)
     das = {i: _like(a, owners[i] in present) for i, a in enumerate(lora_a) if need_a[i]}
@@ -115,7 +119,7 @@ def _pass_over_dy(
     dbs: Mapping[int, Tensor],
     need_x: bool,
 ) -> dict[Lane, Tensor]:
-    """Fill every dB whose dy is there; returns g by lane, [M, rank], where dA or dx will read it."""
+    """Fill every dB whose dy is there; returns g by lane, [M, rank], where it will be read."""
     ts = dict(zip(lanes, rank_views(t, lanes), strict=True))
     gs: dict[Lane, Tensor] = {}
     for j, dy in dys.items():
@@ -181,7 +185,7 @@ def record(
     bias: bool = False,
     sm_count: int = 132,
 ) -> list[Launch]:
-    """The launches of one forward and backward of sibling linears, an adapter each, on a GPU that needn't be there."""
+    """The launches of a forward and backward of sibling linears, an adapter each, on any GPU."""
 
     def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=like, device="meta")
@@ -212,7 +216,7 @@ def programs(
     arch: int,
     sm_count: int = 132,
 ) -> dict[str, int]:
-    """Programs a launch, by kernel, of one linear's forward and backward; numbered where a kernel runs twice."""
+    """Programs in each launch of one linear's forward and backward, by kernel."""
     launches = record(
         arch, m, in_features, [out_features], [rank], dtype, dtype, dropout_p=0.1, sm_count=sm_count
     )
@@ -242,7 +246,15 @@ def aot_variants(arch: int) -> Iterator[Variant]:
         for plan in ("fused", "library"):
             with tiles.forced_gemm_plan(plan):
                 launches = record(
-                    arch, 8192, in_features, outs, ranks, dtype, adapter_dtype, dropout_p=p, bias=True
+                    arch,
+                    8192,
+                    in_features,
+                    outs,
+                    ranks,
+                    dtype,
+                    adapter_dtype,
+                    dropout_p=p,
+                    bias=True,
                 )
             for variant in (launch.variant(label) for launch in launches):
                 kind = (variant.name, variant.signature, variant.constexprs, variant.attrs)

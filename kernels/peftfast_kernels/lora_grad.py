@@ -3,11 +3,15 @@
     g_i  = scale_i * dy B_i      dB_i = dy^T t_i              (pass over dy [M, N])
     dA_i = g_i^T (mask_i * x)                                 (pass over x [M, K])
 
-A program owns BLOCK_N columns and a span of rows: the sums over rows stay in registers, the partial results go to
-float32 workspaces [splits, ...], written and read once and summed in a fixed order. g is a sum over columns, so
-the dy pass leaves it in [N / BLOCK_N, M, sum r_i] parts; above some rank reading dy twice is cheaper (`join_dy_passes`).
-Moves dy, B_i, t_i, g, dB_i and x, g, dA_i once each, beside the workspaces.
+A program owns BLOCK_N columns and a span of rows: the sums over rows stay in registers, the
+partial results go to float32 workspaces [splits, ...], written and read once and summed in a
+fixed order. g is a sum over columns, so the dy pass leaves it in [N / BLOCK_N, M, sum r_i] parts;
+above some rank reading dy twice is cheaper (`join_dy_passes`). Moves dy, B_i, t_i, g, dB_i and x,
+g, dA_i once each, beside the workspaces.
 """
+
+# The kernels grow tuples in unrolled loops, which mypy takes for a change of type.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -92,7 +96,9 @@ def _lora_grad_b_kernel(
                 place = pid_n * stride_gs + rm[:, None] * stride_gm + rr[None, :]
                 tl.store(g_ptrs[i] + place, g, mask=mask)
             if NEED_B:
-                t = tl.load(t_ptrs[i] + rm[:, None] * strides_tm[i] + rr[None, :], mask=mask, other=0.0)
+                t = tl.load(
+                    t_ptrs[i] + rm[:, None] * strides_tm[i] + rr[None, :], mask=mask, other=0.0
+                )
                 acc = dot_adapter_right(tl.trans(dy), t.to(COMPUTE), accs[i], PRECISION)
                 updated = updated + (acc,)
         accs = updated
@@ -169,7 +175,8 @@ def lora_grad_b(
     Args:
         dy: [M, N], any strides.
         lanes: the linear's.
-        ts: one a lane, [M, rank], unit inner stride; their dtype is the one that products are computed in.
+        ts: one a lane, [M, rank], unit inner stride; their dtype is the one that products are
+        computed in.
         g: [M, sum of ranks], contiguous, to be filled; None where it isn't needed.
         dbs: by adapter, [N, r], contiguous, to be filled; empty where none is needed.
     """
@@ -187,7 +194,11 @@ def lora_grad_b(
     span, splits = tiles.row_splits(rows, blocks, tile.block_m, device.sm_count(dy.device))
     db_parts = _Parts(dbs, splits, dy.device)
     partial, outs = db_parts.partial(), list(dbs.values())
-    db_views = [db_parts.first(lane.index)[:, lane.row : lane.row + lane.rank] for lane in lanes] if dbs else []
+    db_views = (
+        [db_parts.first(lane.index)[:, lane.row : lane.row + lane.rank] for lane in lanes]
+        if dbs
+        else []
+    )
     g_views: list[Tensor] = []
     strides_g = (0, 0)
     if g is not None:
@@ -245,7 +256,8 @@ def lora_grad_a(
     Args:
         x: [M, K], any strides.
         lanes: of the adapters in `das`.
-        gs: one a lane, [M, rank], unit inner stride; their dtype is the one that products are computed in.
+        gs: one a lane, [M, rank], unit inner stride; their dtype is the one that products are
+        computed in.
         das: by adapter, [r, K], contiguous, to be filled.
         seed: int64, one an adapter; None switches dropout off.
     """

@@ -2,10 +2,11 @@
 
     out = sum_g x_g W_g + bias + sum_i mask_i * (t_i U_i)
 
-Forward: one x, W^T, U_i = B_i^T, no mask. Gradient of x: the siblings' dy_g and W_g, U_i = A_i, masks as in the forward.
-The low-rank part initialises the accumulator, so out is written once and never read; siblings' gradients of x
-meet in registers instead of in memory. Moves x_g, W_g, bias, t_i, U_i and out once each: the GEMMs' own traffic plus
-t and U. Without any x_g the kernel is the up-projection alone (the library plan adds torch's GEMM to it).
+Forward: one x, W^T, U_i = B_i^T, no mask. Gradient of x: the siblings' dy_g and W_g, U_i = A_i,
+masks as in the forward. The low-rank part initialises the accumulator, so out is written once and
+never read; siblings' gradients of x meet in registers instead of in memory. Moves x_g, W_g, bias,
+t_i, U_i and out once each: the GEMMs' own traffic plus t and U. Without any x_g the kernel is the
+up-projection alone (the library plan adds torch's GEMM to it).
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def lora_matmul(
 
     Args:
         out: [M, N], contiguous.
-        xs, ws: pairs of [M, K_g] and [K_g, N], any strides, out's dtype; none: the low-rank part and bias alone.
+        xs, ws: pairs of [M, K_g] and [K_g, N], any strides, out's dtype; none: the low-rank part
+        and bias alone.
         bias: [N], contiguous, or None.
         lanes: dropout limit and seed of each low-rank term.
         ts, us: one a lane, [M, rank] with unit inner stride and [rank, N].
@@ -137,7 +139,9 @@ def lora_matmul(
     dropping = with_dropout(lanes, seed)
     arch, itemsize = device.arch(out.device), out.element_size()
     if xs:
-        aligned = all(16 in (math.gcd(16, v.stride(0)), math.gcd(16, v.stride(1))) for v in (*xs, *ws))
+        aligned = all(
+            16 in (math.gcd(16, v.stride(0)), math.gcd(16, v.stride(1))) for v in (*xs, *ws)
+        )
         tile = tiles.matmul_tile(arch, itemsize, bool(dropping), aligned)
     else:
         tile = tiles.expand_tile(itemsize, bool(dropping))

@@ -1,9 +1,14 @@
-"""The down-projections of all adapters that read one x:  t_i = scale_i * (mask_i * x) P_i^T, P_i [r_i, K].
+"""The down-projections of all adapters that read one x.
 
-x [M, K] is read once whatever the number of adapters, masks are regenerated in registers. Moves x, the P_i and t
-once each: the floor. Where M alone gives too few programs the depth is split through a float32 workspace
-[splits, M, sum r_i], written and read once.
+    t_i = scale_i * (mask_i * x) P_i^T, P_i [r_i, K]
+
+x [M, K] is read once whatever the number of adapters, masks are regenerated in registers. Moves
+x, the P_i and t once each: the floor. Where M alone gives too few programs the depth is split
+through a float32 workspace [splits, M, sum r_i], written and read once.
 """
+
+# The kernels grow tuples in unrolled loops, which mypy takes for a change of type.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -69,7 +74,9 @@ def _lora_shrink_kernel(
         x_mask = rm[:, None] < M
         if not EVEN_K:
             x_mask = x_mask & (rk[None, :] < K)
-        x = tl.load(x_ptr + rm[:, None] * stride_xm + rk[None, :] * stride_xk, mask=x_mask, other=0.0)
+        x = tl.load(
+            x_ptr + rm[:, None] * stride_xm + rk[None, :] * stride_xk, mask=x_mask, other=0.0
+        )
         updated = ()
         for i in tl.static_range(len(p_ptrs)):
             p_mask = rr[None, :] < ranks[i]

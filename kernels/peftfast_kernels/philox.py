@@ -1,9 +1,10 @@
-"""Dropout bits inside a kernel: Philox4x32-7 of (seed, element), one call for eight consecutive columns.
+"""Dropout bits inside a kernel: Philox4x32-7 of (seed, element), a call for eight columns.
 
-Element (row, col) of a matrix of `cols` columns takes half-word `col % 8` of the call for the counter
-`row * ceil(cols / 8) + col // 8`, read as a signed 16-bit number; it is kept where that is at least the
-limit, `threshold - 32768`. A call costs about 100 integer instructions, so an element about 13; the joins keep
-the eight elements of a call in one thread, as a 16-byte load of 16-bit activations lays them out.
+Element (row, col) of a matrix of `cols` columns takes half-word `col % 8` of the call for the
+counter `row * ceil(cols / 8) + col // 8`, read as a signed 16-bit number; it is kept where that
+is at least the limit, `threshold - 32768`. A call costs about 100 integer instructions, so an
+element about 13; the joins keep the eight elements of a call in one thread, as a 16-byte load of
+16-bit activations lays them out.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """

@@ -1,6 +1,7 @@
-"""Sum the partial results of split reductions: out_i = sum over s of workspace_i[s], in a fixed order.
+"""Sum the partial results of split reductions: out_i = sum over s of workspace_i[s].
 
-Traffic: each workspace read once, each output written once. Deterministic: no atomics.
+Each workspace is read once, each output written once. The order is fixed and there are no
+atomics: the result is deterministic.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _split_reduce_kernel(workspace_ptrs, out_ptrs, sizes, splits, strides, BLOCK
 
 
 def split_reduce(workspaces: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    """Sum each float32 workspace [splits, n], unit inner stride, into its contiguous output of n elements."""
+    """Sum each float32 workspace [splits, n], unit inner stride, into a contiguous output."""
     sizes = tuple(out.numel() for out in outs)
     grid = (triton.cdiv(max(sizes), _BLOCK), len(outs))
     launch(

@@ -1,7 +1,8 @@
 """Every tile choice and every dispatch rule of the kernels, in one place.
 
-`Tile` is a frozen set of block sizes; the functions below pick one for a kernel, an architecture and the sizes
-that matter. To add an architecture, add its row to the tables and its number to ARCHES.
+`Tile` is a frozen set of block sizes; the functions below pick one for a kernel, an architecture
+and the sizes that matter. To add an architecture, add its row to the tables and its number to
+ARCHES.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LANE_BUDGET = 256  # rank columns of accumulators that one program of a skinny 
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes of one launch. Kernels that have no depth loop of their own leave block_k at 0."""
+    """Block sizes of one launch; block_k is 0 where a kernel has no depth loop of its own."""
 
     block_m: int
     block_n: int
@@ -38,7 +39,7 @@ class Tile:
 
 
 def table_arch(arch: int) -> int:
-    """The row of the tables that serves an architecture: the newest not above it (sm_120 is like sm_89)."""
+    """The tables' row for an architecture: the newest not above it (sm_120 is like sm_89)."""
     if arch >= 120:
         return 89
     return max(a for a in ARCHES if a <= max(arch, ARCHES[0]))
@@ -126,8 +127,8 @@ def grad_a_tile(lanes: int, block: int) -> Tile:
 def row_splits(rows: int, programs: int, block_m: int, sms: int) -> tuple[int, int]:
     """Rows a program takes, and the number of splits, of a reduction over rows.
 
-    Enough splits for two programs an SM, but none of fewer than 256 rows: a split's partial result is written
-    and read once, so the workspace's traffic falls with their length.
+    Enough splits for two programs an SM, but none of fewer than 256 rows: a split's partial
+    result is written and read once, so the workspace's traffic falls with their length.
     """
     splits = min(-(-rows // 256), max(1, -(-2 * sms // programs)))
     span = -(-rows // (splits * block_m)) * block_m
@@ -135,7 +136,7 @@ def row_splits(rows: int, programs: int, block_m: int, sms: int) -> tuple[int, i
 
 
 def depth_splits(depth: int, programs: int, block_k: int, sms: int) -> tuple[int, int]:
-    """Columns a program takes, and the number of splits, of a reduction over columns; 512 columns at least."""
+    """Columns a program takes, 512 or more, and the number of splits, over columns."""
     splits = min(max(1, depth // 512), -(-sms // programs))
     span = -(-depth // (splits * block_k)) * block_k
     return span, -(-depth // span)
@@ -144,19 +145,20 @@ def depth_splits(depth: int, programs: int, block_k: int, sms: int) -> tuple[int
 def join_dy_passes(rank: int, block_n: int, itemsize: int) -> bool:
     """Whether one pass over dy gives both g and dB.
 
-    It leaves partial sums of g, [columns / block_n, M, rank] in float32, written and read once; two passes read
-    dy twice instead.
+    It leaves partial sums of g, [columns / block_n, M, rank] in float32, written and read once;
+    two passes read dy twice instead.
     """
     return 8 * rank < block_n * itemsize
 
 
 def gemm_plan(arch: int, dtype: torch.dtype, on_gpu: bool) -> str:
-    """"fused": the up-projection joins a Triton GEMM; "library": torch's GEMM adds to the low-rank part.
+    """How the up-projection meets the base GEMM.
 
-    By arithmetic, until recorded rows say otherwise: the library plan writes the low-rank part and reads it back, two
-    passes over y, which a compute-bound GEMM partly hides; Triton's GEMM comes near cuBLAS up to sm_89 and falls
-    behind from sm_90 on, and float32 without TF32 has no tensor cores to gain from. The environment variable
-    PEFTFAST_LORA_GEMM overrides the rule.
+    "fused": it joins a Triton GEMM; "library": torch's GEMM adds to the low-rank part. By
+    arithmetic, until recorded rows say otherwise: the library plan writes the low-rank part and
+    reads it back, two passes over y, which a compute-bound GEMM partly hides; Triton's GEMM comes
+    near cuBLAS up to sm_89 and falls behind from sm_90 on, and float32 without TF32 has no tensor
+    cores to gain from. The environment variable PEFTFAST_LORA_GEMM overrides the rule.
     """
     if _forced:
         return _forced[-1]

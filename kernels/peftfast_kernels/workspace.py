@@ -21,7 +21,7 @@ def allocate(shape: Sequence[int], device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def observe() -> Iterator[list[Tensor]]:
-    """A list that collects each workspace allocated while the context is open (and keeps it alive)."""
+    """A list that collects, and keeps alive, each workspace allocated while this is open."""
     seen: list[Tensor] = []
     _observers.append(seen)
     try:

@@ -1,7 +1,8 @@
-"""Which implementation serves a call: the names, what this machine can run, and how a request is resolved.
+"""Which implementation serves a call, and what this machine can run.
 
-`impl="auto"` chooses; an explicit request never falls back: where it can't be served, `ImplUnavailable` lists
-every reason. The environment variable PEFTFAST_IMPL takes the place of "auto".
+`impl="auto"` chooses; an explicit request never falls back: where it can't be served,
+`ImplUnavailable` lists every reason. The environment variable PEFTFAST_IMPL takes the place of
+"auto".
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Impl(str, Enum):
 
 
 class ImplUnavailable(RuntimeError):
-    """An implementation was asked for by name and can't serve the call; `reasons` says why, one string each."""
+    """An implementation asked for by name can't serve the call; `reasons` lists why."""
 
     def __init__(self, op: str, impl: Impl, reasons: list[str]):
         self.reasons = list(reasons)
@@ -45,7 +46,7 @@ def parse_impl(impl: str | Impl) -> Impl:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its CPU interpreter (TRITON_INTERPRET=1 when triton is imported)."""
+    """Whether Triton's kernels run in its CPU interpreter, as TRITON_INTERPRET=1 asks."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -66,16 +67,20 @@ def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons.append(f"dtype {dtype} is none of bfloat16, float16, float32")
     if interpreting():
         if dtype == torch.bfloat16:
-            reasons.append("Triton's interpreter computes bfloat16 wrong; use float16 or float32 there")
+            reasons.append(
+                "Triton's interpreter computes bfloat16 wrong; use float16 or float32 there"
+            )
     elif device.type != "cuda":
-        reasons.append(f"the tensors are on {device.type}: Triton needs a CUDA device or TRITON_INTERPRET=1")
+        reasons.append(
+            f"the tensors are on {device.type}: Triton needs a CUDA device or TRITON_INTERPRET=1"
+        )
     elif (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         reasons.append(f"compute capability {capability[0]}.{capability[1]} is below 8.0")
     return reasons
 
 
 def availability() -> dict[str, str | None]:
-    """Each implementation's state on this machine: None where it can run, else the reason why not."""
+    """For each implementation None where this machine can run it, else the reason why not."""
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     else:
@@ -88,16 +93,14 @@ def availability() -> dict[str, str | None]:
     }
 
 
-def choose(
-    op: str, impl: Impl, order: tuple[Impl, ...], reasons: Mapping[Impl, list[str]]
-) -> Impl:
+def choose(op: str, impl: Impl, order: tuple[Impl, ...], reasons: Mapping[Impl, list[str]]) -> Impl:
     """The implementation that serves a call.
 
     Args:
         op: the op's name, for the error.
         impl: as `parse_impl` gave it.
         order: what "auto" tries, first to last; the last must always serve.
-        reasons: for each implementation that the op has, why it can't serve this call; empty where it can.
+        reasons: for each implementation that the op has, why it can't serve this call.
 
     Raises:
         ImplUnavailable: an explicit request that can't be served.

@@ -1,8 +1,10 @@
-"""The LoRA linear: y = x W^T + b + sum_i scaling_i (drop_i(x) A_i^T) B_i^T, for one linear or for siblings.
+"""The LoRA linear: y = x W^T + b + sum_i scaling_i (drop_i(x) A_i^T) B_i^T, for one linear or for
+siblings.
 
 Contract, checks, dispatch and autograd; the maths is in `peftfast.reference.lora`, the kernels in
-`peftfast_kernels.lora`. Saved for the backward: x, the parameters, the bottleneck t = s drop(x) A^T and the
-dropout seeds; never a mask, a dropped or widened copy of x, a cast copy of W, or a clone of y.
+`peftfast_kernels.lora`. Saved for the backward: x, the parameters, the bottleneck t = s drop(x)
+A^T and the dropout seeds; never a mask, a dropped or widened copy of x, a cast copy of W, or a
+clone of y.
 """
 
 from __future__ import annotations
@@ -49,22 +51,26 @@ def lora_linear(
         bias: [out] or None.
         lora_a: A [r, in], r >= 1; or a list: several active adapters, whose contributions add up.
         lora_b: B [out, r]; or a list of the same length.
-        scaling: factor of each adapter's contribution (alpha / r); one number serves all adapters.
-        dropout_p: probability in [0, 1] with which elements of x are dropped on an adapter's way, each adapter
-            with a mask of its own; rounded to a multiple of 2**-16. It always drops: pass 0.0 to evaluate.
-        seed: int64 [number of adapters] on x's device, from which the masks follow; None draws it from torch's
+        scaling: factor of each adapter's contribution (alpha / r); one number serves all
+        adapters. dropout_p: probability in [0, 1] with which elements of x are dropped on an
+        adapter's way, each adapter
+            with a mask of its own; rounded to a multiple of 2**-16. It always drops: pass 0.0 to
+            evaluate.
+        seed: int64 [number of adapters] on x's device, from which the masks follow; None draws it
+        from torch's
             generator of that device.
         impl: "auto", "triton", "native" or "reference"; an explicit request never falls back.
 
-    x, weight and bias have one floating dtype, each adapter that one or float32. Under autocast x, weight and
-    bias are cast as in `F.linear`; adapters are not. Gradients go to x, A, B, bias and weight where they ask
-    for one, in their own dtype; second derivatives raise.
+    x, weight and bias have one floating dtype, each adapter that one or float32. Under autocast
+    x, weight and bias are cast as in `F.linear`; adapters are not. Gradients go to x, A, B, bias
+    and weight where they ask for one, in their own dtype; second derivatives raise.
 
     Returns:
         [..., out] in x's dtype (under autocast: in autocast's).
 
     Raises:
-        TypeError, ValueError: an operand's type, dtype, shape or device is wrong; the message names it.
+        TypeError, ValueError: an operand's type, dtype, shape or device is wrong; the message
+        names it.
         ImplUnavailable: `impl` was named and can't serve the call.
     """
     operands = _flatten(x, [weight], [bias], [lora_a], [lora_b], [scaling], [dropout_p], seed)
@@ -83,11 +89,13 @@ def lora_linear_group(
     seed: Tensor | None = None,
     impl: str | Impl = "auto",
 ) -> tuple[Tensor, ...]:
-    """`lora_linear` for siblings that read one x (q, k, v; gate, up), sharing the reads of x and the sum into dx.
+    """`lora_linear` for siblings that read one x (q, k, v; gate, up), sharing the reads of x and
+    the sum into dx.
 
     Args:
         x: [..., in].
-        weights, biases, lora_a, lora_b, scaling: one entry a linear, each as in `lora_linear`; an entry of
+        weights, biases, lora_a, lora_b, scaling: one entry a linear, each as in `lora_linear`; an
+        entry of
             lora_a is an empty list where that linear has no active adapter.
         dropout_p: one number for all, or one entry a linear, each as in `lora_linear`.
         seed: int64 [number of adapters over all linears], in the order of the linears.
@@ -96,9 +104,8 @@ def lora_linear_group(
     Returns:
         One output a linear, [..., out_j]. Raises as `lora_linear` does.
     """
-    if isinstance(dropout_p, Real):
-        dropout_p = [float(dropout_p)] * len(weights)
-    operands = _flatten(x, weights, biases, lora_a, lora_b, scaling, dropout_p, seed)
+    dropouts = [dropout_p] * len(weights) if isinstance(dropout_p, (int, float)) else dropout_p
+    operands = _flatten(x, weights, biases, lora_a, lora_b, scaling, dropouts, seed)
     return _run(operands, impl)
 
 
@@ -109,7 +116,9 @@ def lora_linear_reasons(
     lora_a: Sequence[OneOrMore],
     lora_b: Sequence[OneOrMore],
 ) -> list[str]:
-    """Why no implementation takes these operands (what `lora_linear_group` would raise); empty where one does."""
+    """Why no implementation takes these operands (what `lora_linear_group` would raise); empty
+    where one does.
+    """
     ones = [1.0] * len(weights)
     try:
         _flatten(x, weights, biases, lora_a, lora_b, ones, [0.0] * len(weights), None)
@@ -119,7 +128,9 @@ def lora_linear_reasons(
 
 
 class _Operands(NamedTuple):
-    """Checked operands: J linears over one x, I adapters laid out flat, `owners` naming each one's linear."""
+    """Checked operands: J linears over one x, I adapters laid out flat, `owners` naming each
+    one's linear.
+    """
 
     x: Tensor
     weights: Sequence[Tensor]
@@ -146,7 +157,9 @@ def _flatten(
     count = len(weights)
     if count == 0:
         raise ValueError("weights is empty: a group needs at least one linear")
-    _check_lengths(count, biases=biases, lora_a=lora_a, lora_b=lora_b, scaling=scaling, dropout_p=dropout_p)
+    _check_lengths(
+        count, biases=biases, lora_a=lora_a, lora_b=lora_b, scaling=scaling, dropout_p=dropout_p
+    )
     x = _check_x(x)
     flat_a: list[Tensor] = []
     flat_b: list[Tensor] = []
@@ -155,7 +168,9 @@ def _flatten(
     probabilities: list[float] = []
     for j, (w, bias) in enumerate(zip(weights, biases, strict=True)):
         at = f"[{j}]" if count > 1 else ""
-        _check_linear(x, w, bias, f"weights{at}" if at else "weight", f"biases{at}" if at else "bias")
+        _check_linear(
+            x, w, bias, f"weights{at}" if at else "weight", f"biases{at}" if at else "bias"
+        )
         a, b = _as_list(lora_a[j], f"lora_a{at}"), _as_list(lora_b[j], f"lora_b{at}")
         if len(a) != len(b):
             raise ValueError(f"lora_a{at} has {len(a)} adapters and lora_b{at} has {len(b)}")
@@ -176,7 +191,9 @@ def _flatten(
 def _check_lengths(count: int, **lists: Any) -> None:
     for name, values in lists.items():
         if isinstance(values, (Tensor, Real)):
-            raise ValueError(f"{name} is one value; a list with one entry for each of {count} weights is needed")
+            raise ValueError(
+                f"{name} is one value; a list with one entry for each of {count} weights is needed"
+            )
         if len(values) != count:
             raise ValueError(f"{name} has {len(values)} entries for {count} weights")
 
@@ -204,7 +221,9 @@ def _check_linear(x: Tensor, w: Tensor, bias: Tensor | None, w_name: str, bias_n
         return
     _check_operand(x, bias, bias_name, 1, any_dtype=_autocast_dtype(x) is not None)
     if bias.shape[0] != w.shape[0]:
-        raise ValueError(f"{bias_name} is {_shape(bias)}; {w_name} {_shape(w)} needs [{w.shape[0]}]")
+        raise ValueError(
+            f"{bias_name} is {_shape(bias)}; {w_name} {_shape(w)} needs [{w.shape[0]}]"
+        )
 
 
 def _check_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor, at: str) -> None:
@@ -212,7 +231,8 @@ def _check_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor, at: str) -> None:
         _check_operand(x, value, name, 2, any_dtype=True)
         if value.dtype not in (x.dtype, torch.float32):
             raise TypeError(
-                f"{name} is {value.dtype}; with x of {x.dtype} adapters are {x.dtype} or torch.float32"
+                f"{name} is {value.dtype}; with x of {x.dtype} adapters are {x.dtype}"
+                " or torch.float32"
             )
     rank = a.shape[0]
     if rank < 1:
@@ -231,7 +251,9 @@ def _check_operand(x: Tensor, value: Tensor, name: str, ndim: int, any_dtype: bo
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, x is on {x.device}")
     if not value.is_floating_point() or not (any_dtype or value.dtype == x.dtype):
-        raise TypeError(f"{name} is {value.dtype}, x is {x.dtype}: they must agree (outside autocast)")
+        raise TypeError(
+            f"{name} is {value.dtype}, x is {x.dtype}: they must agree (outside autocast)"
+        )
 
 
 def _check_seed(x: Tensor, seed: Tensor, adapters: int) -> None:
@@ -240,7 +262,8 @@ def _check_seed(x: Tensor, seed: Tensor, adapters: int) -> None:
         raise TypeError(f"seed is {got}; an int64 tensor is needed")
     if seed.shape != (adapters,) or seed.device != x.device:
         raise ValueError(
-            f"seed is {_shape(seed)} on {seed.device}; [{adapters}] on {x.device} is needed, one an adapter"
+            f"seed is {_shape(seed)} on {seed.device}; [{adapters}] on {x.device} is needed,"
+            " one an adapter"
         )
 
 
@@ -284,16 +307,16 @@ def _shape(value: Tensor) -> str:
     return str(list(value.shape))
 
 
-# Running: eager calls go through an autograd.Function, compiled ones through the library op; both call
-# `_forward` and `_backward`.
+# Running: eager calls go through an autograd.Function, compiled ones through the library op; both
+# call `_forward` and `_backward`.
 
 
 def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
     x = operands.x
     chosen = _serving(impl, x.device, x.dtype)
     if not operands.lora_a:
-        weights = zip(operands.weights, operands.biases, strict=True)
-        return tuple(F.linear(x, w, b) for w, b in weights)
+        frozen = zip(operands.weights, operands.biases, strict=True)
+        return tuple(F.linear(x, w, b) for w, b in frozen)
     if operands.seed is None and any(p > 0 for p in operands.dropout_p):
         seed = torch.randint(_SEED_LIMIT, (len(operands.lora_a),), device=x.device)
         operands = operands._replace(seed=seed)
@@ -302,8 +325,9 @@ def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
         present = [b for b in operands.biases if b is not None]
         fields = operands._replace(biases=present)
         return tuple(torch.ops.peftfast.lora_linear(*fields, has_bias, chosen)[0])
-    _, weights, biases, lora_a, lora_b, *settings, seed = operands
-    return _LoRALinear.apply((settings, chosen), x, seed, *weights, *biases, *lora_a, *lora_b)
+    settings = (operands.owners, operands.scaling, operands.dropout_p, chosen)
+    tensors = (*operands.weights, *operands.biases, *operands.lora_a, *operands.lora_b)
+    return _LoRALinear.apply(settings, x, operands.seed, *tensors)
 
 
 @torch.compiler.assume_constant_result
@@ -323,7 +347,9 @@ def _implementation(impl: str) -> Any:
 
 
 def _forward(operands: _Operands, impl: str) -> tuple[list[Tensor], Tensor]:
-    """Outputs [..., N_j] and t [M, sum r_i]. W and b are cast here, to x's dtype, and the casts not kept."""
+    """Outputs [..., N_j] and t [M, sum r_i]. W and b are cast here, to x's dtype, and the casts
+    not kept.
+    """
     with _no_autocast(operands.x):
         ys, t = _implementation(impl).lora_linear_forward(*_as_matrices(operands))
     shape = operands.x.shape[:-1]
@@ -333,7 +359,9 @@ def _forward(operands: _Operands, impl: str) -> tuple[list[Tensor], Tensor]:
 def _backward(
     dys: Sequence[Tensor | None], t: Tensor, operands: _Operands, needs: Sequence[bool], impl: str
 ) -> list[Tensor]:
-    """The gradients asked for, in the order x, weights, biases, lora_a, lora_b; `needs` has an entry for each."""
+    """The gradients asked for, in the order x, weights, biases, lora_a, lora_b; `needs` has an
+    entry for each.
+    """
     matrices = _as_matrices(operands)
     rows = matrices.x.shape[0]
     flat = [None if dy is None else dy.reshape(rows, dy.shape[-1]) for dy in dys]
@@ -372,7 +400,9 @@ def _split_needs(needs: Sequence[bool], linears: int, adapters: int) -> list[Seq
 
 
 def _saved_x(x: Tensor, needs: Sequence[bool], linears: int, adapters: int) -> Tensor:
-    """x where a weight's gradient will read it, else a stand-in of its shape and dtype without storage of that size."""
+    """x where a weight's gradient will read it, else a stand-in of its shape and dtype without
+    storage of that size.
+    """
     _, need_weights, _, need_a, _ = _split_needs(needs, linears, adapters)
     return x if any(need_weights) or any(need_a) else x.new_empty(()).expand(x.shape)
 
@@ -382,12 +412,12 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: Any, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:
-        (owners, *factors), impl = settings
+        owners, scaling, dropout_p, impl = settings
         adapters = len(owners)
         linears = len(tensors) // 2 - adapters
         weights, biases = tensors[:linears], tensors[linears : 2 * linears]
         lora_a, lora_b = tensors[2 * linears : -adapters], tensors[-adapters:]
-        operands = _Operands(x, weights, biases, lora_a, lora_b, owners, *factors, seed)
+        operands = _Operands(x, weights, biases, lora_a, lora_b, owners, scaling, dropout_p, seed)
         ys, t = _forward(operands, impl)
         ctx.settings, ctx.linears = settings, linears
         ctx.needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]]
@@ -398,12 +428,13 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
-        (owners, *factors), impl = ctx.settings
-        x, seed, t, *tensors = ctx.saved_tensors
+        owners, scaling, dropout_p, impl = ctx.settings
         linears, adapters = ctx.linears, len(owners)
+        x, seed, t, *tensors = ctx.saved_tensors
         weights, lora_a, lora_b = tensors[:linears], tensors[linears:-adapters], tensors[-adapters:]
-        no_biases = [None] * linears
-        operands = _Operands(x, weights, no_biases, lora_a, lora_b, owners, *factors, seed)
+        operands = _Operands(
+            x, weights, [None] * linears, lora_a, lora_b, owners, scaling, dropout_p, seed
+        )
         with torch.no_grad():
             computed = _backward(dys, t, operands, ctx.needs, impl)
         grads = iter(first_order_only("lora_linear", computed))
@@ -411,19 +442,20 @@ class _LoRALinear(torch.autograd.Function):
         return (None, x_grad, None, *others)
 
 
-# The library op. torch's autograd for lists of tensors passes over a list that holds a None, so the biases
-# that exist travel as a plain list, and `has_bias` says whose they are.
+# The library op. torch's autograd for lists of tensors passes over a list that holds a None, so
+# the biases that exist travel as a plain list, and `has_bias` says whose they are.
 
 
 @torch.library.custom_op(
     "peftfast::lora_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] lora_a, Tensor[] lora_b, int[] owners,"
-    " float[] scaling, float[] dropout_p, Tensor? seed, bool[] has_bias, str impl) -> (Tensor[], Tensor)",
+    schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] lora_a, Tensor[] lora_b,"
+    " int[] owners, float[] scaling, float[] dropout_p, Tensor? seed, bool[] has_bias, str impl)"
+    " -> (Tensor[], Tensor)",
 )
 def _library_forward(*args: Any) -> Any:
     *fields, has_bias, impl = args
-    operands = _Operands(*fields)
+    operands = _Operands._make(fields)
     present = iter(operands.biases)
     biases = [next(present) if has else None for has in has_bias]
     return _forward(operands._replace(biases=biases), impl)
@@ -431,7 +463,7 @@ def _library_forward(*args: Any) -> Any:
 
 @_library_forward.register_fake
 def _fake_forward(*args: Any) -> Any:
-    operands = _Operands(*args[:-2])
+    operands = _Operands._make(args[:-2])
     x = operands.x
     ys = [x.new_empty(*x.shape[:-1], w.shape[0]) for w in operands.weights]
     rank = sum(a.shape[0] for a in operands.lora_a)
@@ -443,11 +475,12 @@ def _fake_forward(*args: Any) -> Any:
     "peftfast::lora_linear_backward",
     mutates_args=(),
     schema="(Tensor?[] dys, Tensor t, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b,"
-    " int[] owners, float[] scaling, float[] dropout_p, Tensor? seed, bool[] needs, str impl) -> Tensor[]",
+    " int[] owners, float[] scaling, float[] dropout_p, Tensor? seed, bool[] needs, str impl)"
+    " -> Tensor[]",
 )
 def _library_backward(dys: Any, t: Tensor, x: Tensor, weights: Any, *args: Any) -> list[Tensor]:
     *fields, needs, impl = args
-    operands = _Operands(x, weights, [None] * len(weights), *fields)
+    operands = _Operands._make((x, weights, [None] * len(weights), *fields))
     return _backward(dys, t, operands, needs, impl)
 
 

@@ -17,11 +17,15 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"peftfast.ops.{ctx.op} has no second derivative; its gradients can't be differentiated")
+        raise RuntimeError(
+            f"peftfast.ops.{ctx.op} has no second derivative; its gradients can't be differentiated"
+        )
 
 
 def first_order_only(op: str, grads: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients of an op, computed without a graph; under `create_graph=True`, differentiating them raises."""
+    """The gradients of an op, computed without a graph; under `create_graph=True`,
+    differentiating them raises.
+    """
     if not torch.is_grad_enabled():
         return list(grads)
     return [_FirstOrderOnly.apply(op, grad.detach().requires_grad_()) for grad in grads]

@@ -1,1 +1,3 @@
-"""Each op in plain PyTorch: the specification, the CPU implementation and the oracle of the tests."""
+"""Each op in plain PyTorch: the specification, the CPU implementation and the oracle of the
+tests.
+"""

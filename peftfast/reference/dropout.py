@@ -1,13 +1,13 @@
 """Dropout masks as a function of (seed, element): Philox4x32-7, one call for eight elements.
 
-A mask is never stored: forward and backward compute the same bits from the same seed. Element (row, col) of
-a [rows, cols] matrix takes half-word `col % 8` of the 128 bits that Philox gives for the counter
-`row * ceil(cols / 8) + col // 8` under the 64-bit key `seed`; halves are in little-endian order (low half
-of word 0, high half of word 0, low half of word 1, ...). Read as a signed 16-bit number v, the element is
-kept where v >= threshold(p) - 32768.
+A mask is never stored: forward and backward compute the same bits from the same seed. Element
+(row, col) of a [rows, cols] matrix takes half-word `col % 8` of the 128 bits that Philox gives
+for the counter `row * ceil(cols / 8) + col // 8` under the 64-bit key `seed`; halves are in
+little-endian order (low half of word 0, high half of word 0, low half of word 1, ...). Read as a
+signed 16-bit number v, the element is kept where v >= threshold(p) - 32768.
 
-Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); seven rounds
-are the fewest that pass BigCrush there.
+Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); seven
+rounds are the fewest that pass BigCrush there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """1 / P(kept), exact for the rounded threshold, so that dropout keeps the mean; 0.0 where nothing is kept."""
+    """1 / P(kept), exact for the rounded threshold, so that dropout keeps the mean; 0.0 where
+    nothing is kept.
+    """
     kept = _LEVELS - threshold(p)
     return _LEVELS / kept if kept else 0.0
 
@@ -48,15 +50,16 @@ def philox(seed: Tensor, counters: Tensor) -> Tensor:
     c0, c1 = counters & _MASK32, (counters >> 32) & _MASK32
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(ROUNDS):
-        # 32 x 32 -> 64-bit products; int64 wraps around, and only the bits count. Words c1 and c3 keep
-        # rubbish above bit 31: they are only ever added by xor, under the mask that follows.
+        # 32 x 32 -> 64-bit products; int64 wraps around, and only the bits count. Words c1 and c3
+        # keep rubbish above bit 31: they are only ever added by xor, under the mask that follows.
         p0, p1 = c0.mul_(_MULTIPLIER_0), c2.mul_(_MULTIPLIER_1)
         c0 = c1.bitwise_xor_(p1 >> 32).bitwise_xor_(k0).bitwise_and_(_MASK32)
         c2 = c3.bitwise_xor_(p0 >> 32).bitwise_xor_(k1).bitwise_and_(_MASK32)
         c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
     words = torch.stack((c0, c1, c2, c3), dim=-1)
-    # int64 -> int32 keeps the low half: a little-endian view instead of a conversion that would have to wrap.
+    # int64 -> int32 keeps the low half: a little-endian view instead of a conversion that would
+    # have to wrap.
     return words.view(torch.int32)[:, ::2]
 
 

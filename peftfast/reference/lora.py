@@ -1,9 +1,9 @@
-"""Linear layers with low-rank adapters (LoRA), in plain PyTorch: specification and CPU implementation.
+"""Linear layers with low-rank adapters (LoRA) in plain PyTorch.
 
 For sibling linears j that read one x [M, K], and adapters i, each owned by one linear:
 
     y_j = x W_j^T + b_j + sum over i owned by j of t_i B_i^T
-    t_i = scaling_i / keep_i * (mask_i * x) A_i^T                      (the scaled bottleneck, saved)
+    t_i = scaling_i / keep_i * (mask_i * x) A_i^T              (the scaled bottleneck, saved)
 
 and, with g_i = scaling_i / keep_i * dy_j B_i,
 
@@ -11,9 +11,10 @@ and, with g_i = scaling_i / keep_i * dy_j B_i,
     dx   = sum_j dy_j W_j + sum_i mask_i * (g_i A_i)
     dW_j = dy_j^T x          db_j = sum over rows of dy_j
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), section 4.1; dropout on the adapter's input
-as in its released code. Adapters may be float32 over a 16-bit base: A, B, t and g keep their precision, and
-only the product that joins the base's GEMM is rounded to the base's dtype.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), section 4.1; dropout
+on the adapter's input as in its released code. Adapters may be float32 over a 16-bit base: A, B,
+t and g keep their precision, and only the product that joins the base's GEMM is rounded to the
+base's dtype.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ def lora_linear(
     dropout_p: Sequence[float],
     seed: Tensor | None,
 ) -> list[Tensor]:
-    """The formula itself, differentiable by autograd, one op per symbol: what everything else is tested against.
+    """The formula itself, differentiable by autograd, one op per symbol: what everything else is
+    tested against.
 
     Args:
-        x: [..., K]; weights: J of [N_j, K]; biases: J of [N_j] or None.
-        lora_a: I of [r_i, K]; lora_b: I of [N_owner, r_i]; owners: for each adapter the index of its linear.
+        x: [..., K]; weights: J of [N_j, K]; biases: J of [N_j] or None. lora_a: I of [r_i, K];
+        lora_b: I of [N_owner, r_i]; owners: for each adapter the index of its linear.
         seed: int64 [I], or None where every dropout_p is 0.
     """
     ys = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
@@ -69,7 +71,9 @@ def lora_linear_forward(
     dropout_p: Sequence[float],
     seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs y_j [M, N_j] and the scaled bottlenecks t [M, sum r_i], adapters side by side; x is [M, K]."""
+    """Outputs y_j [M, N_j] and the scaled bottlenecks t [M, sum r_i], adapters side by side; x is
+    [M, K].
+    """
     t = x.new_empty((x.shape[0], sum(a.shape[0] for a in lora_a)), dtype=bottleneck_dtype(lora_a))
     columns = t.split([a.shape[0] for a in lora_a], dim=1)
     shared_x = x.to(t.dtype)
@@ -77,7 +81,7 @@ def lora_linear_forward(
         inputs = shared_x
         if dropout_p[i] > 0:
             assert seed is not None
-            inputs = shared_x * keep_mask(seed[i], *x.shape, dropout_p[i])
+            inputs = shared_x * keep_mask(seed[i], x.shape[0], x.shape[1], dropout_p[i])
         torch.mm(inputs, a.to(t.dtype).t(), out=column)
         column.mul_(scaling[i] * keep_scale(dropout_p[i]))
     ys = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
@@ -104,7 +108,9 @@ def lora_linear_backward(
     need_a: Sequence[bool],
     need_b: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients asked for, in the order x, weights, biases, lora_a, lora_b; dys are [M, N_j], None for zero."""
+    """The gradients asked for, in the order x, weights, biases, lora_a, lora_b; dys are [M, N_j],
+    None for zero.
+    """
     ranks = [a.shape[0] for a in lora_a]
     dx = _frozen_dx(dys, x, weights) if need_x else None
     grads_a: dict[int, Tensor] = {}
@@ -123,7 +129,7 @@ def lora_linear_backward(
         mask = None
         if dropout_p[i] > 0:
             assert seed is not None
-            mask = keep_mask(seed[i], *x.shape, dropout_p[i])
+            mask = keep_mask(seed[i], x.shape[0], x.shape[1], dropout_p[i])
         if need_a[i]:
             inputs = x.to(t.dtype) if mask is None else x.to(t.dtype) * mask
             grads_a[i] = torch.mm(g.t(), inputs).to(a.dtype)

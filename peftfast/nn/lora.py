@@ -1,0 +1,178 @@
+"""`nn.Linear` with a LoRA adapter, on the fused op."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfast.ops import Impl, lora_linear
+
+
+class LoRALinear(nn.Module):
+    """A frozen `nn.Linear` with an adapter: y = x W^T + b + (alpha / r) (dropout(x) A^T) B^T.
+
+    A starts Kaiming-uniform (a = sqrt 5) and B at zero, so that the module starts equal to its
+    linear (Hu et al., ICLR 2022, section 4.1). Dropout acts in training mode only.
+
+    Args:
+        in_features, out_features, bias: as in `nn.Linear`.
+        rank: r, at least 1.
+        alpha: the scaling's numerator; None means `rank`, a scaling of 1.
+        dropout: probability in [0, 1) on the adapter's input.
+        adapter_dtype: dtype of A and B: None for W's, or torch.float32.
+        impl: as in `peftfast.ops.lora_linear`.
+
+    Parameters: weight [out, in] and bias [out] (frozen), lora_a [r, in], lora_b [out, r].
+    `state_dict` has these names and always the weight without the adapter, merged or not.
+
+    Raises:
+        ValueError: rank below 1, or dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        adapter_dtype: torch.dtype | None = None,
+        impl: str | Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._set_up(linear, rank, alpha, dropout, adapter_dtype, impl)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        impl: str | Impl = "auto",
+    ) -> LoRALinear:
+        """Wrap a linear: its parameters are shared, not copied, and frozen. Arguments as in the
+        constructor.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear is {type(linear).__name__}; an nn.Linear is needed")
+        module = cls.__new__(cls)
+        module._set_up(linear, rank, alpha, dropout, adapter_dtype, impl)
+        return module.train(linear.training)
+
+    def _set_up(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float | None,
+        dropout: float,
+        adapter_dtype: torch.dtype | None,
+        impl: str | Impl,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank is {rank}; at least 1 is needed")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}; a probability in [0, 1) is needed")
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+        self.dropout, self.impl, self.merged = dropout, impl, False
+        self.weight, self.bias = linear.weight, linear.bias
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        options: dict[str, Any] = {
+            "device": self.weight.device,
+            "dtype": adapter_dtype or self.weight.dtype,
+        }
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **options))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, **options))
+        self.reset_adapter()
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.rank
+
+    def reset_adapter(self) -> None:
+        """Draw A anew and set B to zero."""
+        self._refuse_when_merged("reset the adapter")
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out]."""
+        if self.merged:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_a,
+            self.lora_b,
+            self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+            impl=self.impl,
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter into the weight, in place: forward is then a plain linear, without
+        gradients for A and B.
+
+        Raises:
+            RuntimeError: merged already.
+            ValueError: the merged weight would not be finite; nothing is changed then.
+        """
+        self._refuse_when_merged("merge")
+        merged = self._shifted(1.0)
+        if not torch.isfinite(merged).all():
+            raise ValueError("the merged weight is not finite; the adapter holds bad values")
+        self.weight.copy_(merged)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the adapter out again, exact up to one rounding of the weight's dtype.
+        RuntimeError if not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("can't unmerge: the adapter is not merged")
+        self.weight.copy_(self._shifted(-1.0))
+        self.merged = False
+
+    def _shifted(self, sign: float) -> Tensor:
+        """W plus or minus the adapter's product, summed in float32 or wider."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = self.lora_b.to(wide) @ self.lora_a.to(wide)
+        return torch.add(self.weight.to(wide), delta, alpha=sign * self.scaling).to(
+            self.weight.dtype
+        )
+
+    def _refuse_when_merged(self, what: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"can't {what}: the adapter is merged; call unmerge() first")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + "weight"] = self._shifted(-1.0).detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_when_merged("load a state_dict")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank},"
+            f" alpha={self.alpha:g}, dropout={self.dropout:g}, bias={self.bias is not None}"
+        )
