@@ -57,7 +57,7 @@ def _draw_differences(axes: Axes, pair: Pair) -> None:
         fontsize=9,
     )
     finite = [difference for difference in pair.differences if math.isfinite(difference)]
-    axes.set_ylim(-LINEAR_BELOW / 4, 2 * max(5 * LOSS_LIMIT, *finite))
+    axes.set_ylim(-LINEAR_BELOW / 4, 2 * max([5 * LOSS_LIMIT, *finite]))
     axes.set(title="Difference of the two losses", xlabel="step")
     _tidy(axes)
 

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     settings = _settings(args)
     folder = _created(args.output)
+    if args.json and not args.json.parent.is_dir():
+        raise data.InputError(f"--json: cannot write {args.json}: no such folder")
     with training.quiet_transformers(bundled=args.model is None):
         corpus, texts = _texts(args, settings)
         subject = f"{args.model or 'MiniLM-L6'} on {corpus.about}"

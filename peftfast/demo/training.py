@@ -341,13 +341,18 @@ def _length(example: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def quiet_transformers(bundled: bool) -> Iterator[None]:
-    """Without one deprecation inside transformers and, for the bundled model, news of its loading.
+    """Without one deprecation inside transformers, and with each report of a loading only once.
 
-    That news is a progress bar and a report that the classification head is new.
+    Of the bundled model, whose loading is known, neither the report that its classification head is
+    new nor the progress bar is shown.
     """
+    said: set[str] = set()
 
     def wanted(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+        message = record.getMessage()
+        repeated = message in said
+        said.add(message)
+        return "LOAD REPORT" not in message or not (bundled or repeated)
 
     logger = logging.getLogger("transformers.modeling_utils")
     bars = transformers_logging.is_progress_bar_enabled()
@@ -356,8 +361,8 @@ def quiet_transformers(bundled: bool) -> Iterator[None]:
         warnings.filterwarnings(
             "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
         )
+        logger.addFilter(wanted)
         if bundled:
-            logger.addFilter(wanted)
             transformers_logging.disable_progress_bar()
         try:
             yield
