@@ -1,1 +1,1 @@
-"""Data sets that ship with peftfast, installed as `peftfast_data`; each folder holds its licence."""
+"""Data sets shipped with peftfast, installed as `peftfast_data`; each folder says its licence."""
