@@ -30,6 +30,11 @@ class Pair:
         return [abs(a - b) for a, b in zip(self.plain.losses, self.patched.losses, strict=True)]
 
     @property
+    def largest_difference(self) -> float:
+        """The largest of the differences; not a number where any is not."""
+        return max(self.differences, key=lambda apart: (math.isnan(apart), apart))
+
+    @property
     def accuracy_error(self) -> float:
         """Standard error of the difference of two accuracies: binomial, of the pooled share."""
         share = (self.plain.accuracy + self.patched.accuracy) / 2
@@ -62,7 +67,7 @@ class Pair:
         """Everything about the pair, for JSON."""
         return {
             **dataclasses.asdict(self),
-            "largest_loss_difference": max(self.differences),
+            "largest_loss_difference": self.largest_difference,
             "accuracy_standard_error": self.accuracy_error,
             "failure": self.failure(),
         }
@@ -113,7 +118,7 @@ def _rows(pair: Pair) -> list[tuple[str, ...]]:
             "",
         )
         return [*rows[:3], error, *rows[3:]]
-    apart = ("  largest loss difference at a step", "", f"{max(pair.differences):.1e}", "")
+    apart = ("  largest loss difference at a step", "", f"{pair.largest_difference:.1e}", "")
     return [*rows[:2], apart, *rows[2:]]
 
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import peftfast
-from peftfast.demo import data, training
+from peftfast.demo import classifier, data, training
 from peftfast.demo.figure import draw
 from peftfast.demo.outcome import LOSS_LIMIT, Pair, table
 from peftfast.demo.progress import training_progress
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     folder = _created(args.output)
     if args.json and not args.json.parent.is_dir():
         raise data.InputError(f"--json: cannot write {args.json}: no such folder")
-    with training.quiet_transformers(bundled=args.model is None):
+    with classifier.quiet_transformers(bundled=args.model is None):
         corpus, texts = _texts(args, settings)
         subject = f"{args.model or 'MiniLM-L6'} on {corpus.about}"
         console.print(f"{subject}\n{_amounts(corpus, texts, settings)}", highlight=False)
@@ -76,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _settings(args: argparse.Namespace) -> training.Settings:
+def _settings(args: argparse.Namespace) -> classifier.Settings:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise data.InputError("--device cuda: torch finds no GPU; see `peftfast doctor`")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return training.Settings(
-        model=args.model or str(training.bundled_model()),
+    return classifier.Settings(
+        model=args.model or str(classifier.bundled_model()),
         offline=args.model is None,
         rank=args.rank,
         steps=args.steps,
@@ -93,7 +93,7 @@ def _settings(args: argparse.Namespace) -> training.Settings:
     )
 
 
-def _shortened(settings: training.Settings) -> training.Settings:
+def _shortened(settings: classifier.Settings) -> classifier.Settings:
     return dataclasses.replace(settings, steps=max(1, settings.steps // 2))
 
 
@@ -106,8 +106,8 @@ def _created(folder: Path) -> Path:
 
 
 def _texts(
-    args: argparse.Namespace, settings: training.Settings
-) -> tuple[data.Corpus, training.Encoded]:
+    args: argparse.Namespace, settings: classifier.Settings
+) -> tuple[data.Corpus, classifier.Encoded]:
     if args.data is None:
         if args.text_column or args.label_column:
             raise data.InputError("--text-column and --label-column are for a file of --data")
@@ -117,10 +117,10 @@ def _texts(
     wanted = args.train_size or settings.steps * settings.batch_size
     train = data.subset(corpus.train, wanted, args.seed)
     test = data.subset(corpus.test, args.test_size, args.seed)
-    return corpus, training.encode(corpus, train, test, settings)
+    return corpus, classifier.encode(corpus, train, test, settings)
 
 
-def _amounts(corpus: data.Corpus, texts: training.Encoded, settings: training.Settings) -> str:
+def _amounts(corpus: data.Corpus, texts: classifier.Encoded, settings: classifier.Settings) -> str:
     passes = settings.steps * settings.batch_size / len(texts.train)
     return (
         f"{len(texts.train):,} of {len(corpus.train):,} training texts, "
@@ -149,9 +149,9 @@ def _verdict(pairs: list[Pair]) -> str:
 
 
 def _summary(
-    settings: training.Settings,
+    settings: classifier.Settings,
     corpus: data.Corpus,
-    texts: training.Encoded,
+    texts: classifier.Encoded,
     pairs: list[Pair],
     failures: list[str],
 ) -> dict[str, Any]:

@@ -17,7 +17,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def run(losses: list[float], accuracy: float = 0.5, **figures: float) -> Run:
     figures = {"tokens_per_second": 100.0, "saved_bytes": 2e6, "peak_bytes": 4e6, **figures}
-    return Run(losses, accuracy, trainable=10, parameters=200, **figures)  # type: ignore[arg-type]
+    return Run(losses=losses, accuracy=accuracy, trainable=10, parameters=200, **figures)  # type: ignore[arg-type]
 
 
 def test_equal_curves_pass() -> None:
@@ -32,6 +32,7 @@ def test_a_curve_that_leaves_the_other_fails(wrong: float) -> None:
     failure = pair.failure()
     assert failure is not None
     assert "at step 2, over 0.001 (1 of 3 steps do)" in failure
+    assert not pair.largest_difference <= 1e-3
 
 
 def test_curves_that_are_both_no_numbers_fail() -> None:

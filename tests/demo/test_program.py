@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 import peftfast
 from peftfast import demo
-from peftfast.demo.training import bundled_model, quiet_transformers
+from peftfast.demo.classifier import bundled_model, quiet_transformers
+from peftfast.demo.measuring import spread
 
 
 def demo_main(*options: object) -> int:
@@ -177,3 +178,13 @@ def test_wrong_usage_is_refused(option: str, value: str) -> None:
 
 def test_the_bundled_model_is_found() -> None:
     assert (bundled_model() / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("count", [3, 4, 9, 400])
+def test_measured_batches_end_with_the_longest_texts(count: int) -> None:
+    examples = [{"input_ids": [0] * length} for length in range(1, count + 1)]
+    batches = [[len(e["input_ids"]) for e in batch] for batch in spread(examples, 4, 8)]
+    assert batches[-1] == list(range(max(1, count - 3), count + 1))
+    assert len(batches) == min(8, max(1, count // 4))
+    assert all(len(batch) == min(4, count) for batch in batches)
+    assert batches == sorted(batches)
