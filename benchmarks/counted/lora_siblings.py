@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from benchmarks.baselines import LoraOperands, adapter_parameters, lora_operands, peft_layer
 from benchmarks.cases import Case, count_case, short
 from benchmarks.counted.lora_linear import CPU, DTYPE, SHAPE, WORKSPACE_LIMIT
+from benchmarks.plans import plan_forced
 from benchmarks.registry import CountedReport, Say, counted
 from benchmarks.targets import Target
 from peftfast.ops import lora_linear_group
@@ -85,7 +86,8 @@ def count(say: Say) -> CountedReport:
         peftfast_case(DTYPE, 0.1),
     ):
         say(case.title)
-        row, _ = count_case(case, unit, frozen)
+        with plan_forced("fused"):
+            row, _ = count_case(case, unit, frozen)
         row["extra_per_linear_u"] = row["extra_u"] / SIBLINGS
         rows.append(row)
         if case.variant == "peftfast":

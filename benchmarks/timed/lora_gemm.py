@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -16,23 +15,12 @@ import torch
 from benchmarks.baselines import LoraShape
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.linear import Checked, Config, Step, frozen, inputs, ours, row, step
+from benchmarks.plans import PLANS, VARIABLE, plan_forced
 from benchmarks.registry import BenchmarkError, Outcome, Request, timed
 from benchmarks.timing import interleaved
 
 ROWS = (512, 2048, 8192)
 WIDTHS = ((1024, 1024), (4096, 4096), (4096, 14336), (14336, 4096))
-PLANS = ("fused", "library")
-VARIABLE = "PEFTFAST_LORA_GEMM"
-
-
-@contextmanager
-def plan_forced(plan: str) -> Iterator[None]:
-    """Forces a plan through the environment variable that the dispatch rule reads at each call."""
-    os.environ[VARIABLE] = plan
-    try:
-        yield
-    finally:
-        del os.environ[VARIABLE]
 
 
 def _planned(plan: str, call: Step) -> Step:

@@ -16,8 +16,8 @@ from benchmarks.baselines import LoraShape
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.gates import GateFailed
 from benchmarks.linear import Checked, Config, Step, frozen, inputs, ours, row, step
+from benchmarks.plans import plan_forced
 from benchmarks.registry import BenchmarkError, Outcome, Request, Row, timed
-from benchmarks.timed.lora_gemm import plan_forced
 from benchmarks.timing import interleaved
 from peftfast_kernels import tiles
 
