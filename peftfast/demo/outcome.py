@@ -90,7 +90,8 @@ def table(pairs: list[Pair]) -> Table:
     drawn.add_row("trainable share", *(f"{share:.2%}" for share in shares), _ratio(*shares))
     for pair in pairs:
         drawn.add_section()
-        drawn.add_row(f"[bold]dropout {pair.dropout:g}[/], {len(pair.plain.losses)} steps")
+        heading = f"dropout {pair.dropout:g}, {len(pair.plain.losses)} steps"
+        drawn.add_row(heading, style="bold")
         for row in _rows(pair):
             drawn.add_row(*row)
     return drawn

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
         ImplUnavailable: `--impl` cannot serve here.
     """
     began = time.perf_counter()
-    console = Console(soft_wrap=True)
+    # Folders and labels may hold brackets, which are markup to rich unless it is told otherwise.
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     settings = _settings(args)
     folder = _created(args.output)
     if args.json and not args.json.parent.is_dir():
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     with classifier.quiet_transformers(bundled=args.model is None):
         corpus, texts = _texts(args, settings)
         subject = f"{args.model or 'MiniLM-L6'} on {corpus.about}"
-        console.print(f"{subject}\n{_amounts(corpus, texts, settings)}", highlight=False)
+        console.print(f"{subject}\n{_amounts(corpus, texts, settings)}")
         pairs = []
         for dropout in (0.0, args.dropout) if args.dropout else (0.0,):
             progress = functools.partial(_progress, console, dropout)
@@ -59,20 +60,20 @@ def run(args: argparse.Namespace) -> int:
         failures.append("peftfast fused nothing in this model: both runs are the same")
 
     fused, left = len(report.fused), len(report.not_fused)
-    console.print(f"\npeftfast.report: {fused} modules fused, {left} not", highlight=False)
-    console.print(f"{report}\n", markup=False, highlight=False)
-    console.print(table(pairs), FOOTNOTE, sep="\n", highlight=False)
+    console.print(f"\npeftfast.report: {fused} modules fused, {left} not")
+    console.print(f"{report}\n")
+    console.print(table(pairs), FOOTNOTE, sep="\n")
     picture = folder / "demo.png"
     draw(pairs, f"{subject}, LoRA rank {args.rank}", picture)
-    console.print(f"picture: {picture}", highlight=False)
+    console.print(f"picture: {picture}")
     if args.json:
         summary = _summary(settings, corpus, texts, pairs, failures)
         args.json.write_text(json.dumps({**summary, "report": report.to_dict()}, indent=2) + "\n")
     for failure in failures:
-        console.print(f"[bold red]FAILED[/]: {failure}", highlight=False)
+        console.print("FAILED:", failure, style="bold red")
     if not failures:
-        console.print(f"[bold green]OK[/]: {_verdict(pairs)}", highlight=False)
-    console.print(f"{time.perf_counter() - began:.0f} s in all", highlight=False)
+        console.print("OK:", _verdict(pairs), style="bold green")
+    console.print(f"{time.perf_counter() - began:.0f} s in all")
     return 1 if failures else 0
 
 

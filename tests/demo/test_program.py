@@ -112,6 +112,16 @@ def test_a_patch_that_does_nothing_is_found(
     assert "dropout 0.1" not in out
 
 
+def test_accuracy_is_that_of_what_was_learnt(small: list[object], tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    options = ("--steps", 100, "--learning-rate", 0.03, "--test-size", 18, "--dropout", 0)
+    assert demo_main(*small, *options, "--json", summary) == 0
+    (pair,) = json.loads(summary.read_text())["pairs"]
+    for run in (pair["plain"], pair["patched"]):
+        assert run["losses"][-1] < 0.1
+        assert run["accuracy"] > 0.8
+
+
 def test_train_size_and_passes(small: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     assert demo_main(*small, "--dropout", 0, "--train-size", 12) == 0
     assert "12 of 72 training texts" in (out := capsys.readouterr().out)
