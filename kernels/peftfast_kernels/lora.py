@@ -257,7 +257,8 @@ def aot_variants(arch: int) -> Iterator[Variant]:
                     bias=True,
                 )
             for variant in (launch.variant(label) for launch in launches):
-                kind = (variant.name, variant.signature, variant.constexprs, variant.attrs)
+                run = (variant.num_warps, variant.num_stages)
+                kind = (variant.name, variant.signature, variant.constexprs, variant.attrs, run)
                 if repr(kind) not in seen:
                     seen.add(repr(kind))
                     yield variant

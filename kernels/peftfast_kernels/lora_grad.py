@@ -264,7 +264,7 @@ def lora_grad_a(
     rows, columns = x.shape
     portions = list(launches(lanes))
     block, _, first = portions[0]
-    tile = tiles.grad_a_tile(len(first), block)
+    tile = tiles.grad_a_tile(device.arch(x.device), len(first), block)
     blocks = triton.cdiv(columns, tile.block_n)
     span, splits = tiles.row_splits(rows, blocks, tile.block_m, device.sm_count(x.device))
     parts = _Parts(das, splits, x.device)

@@ -85,7 +85,9 @@ _MATMUL = {
     86: _MatmulTiles(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), _RAGGED, _FULL),
     89: _MatmulTiles(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), _RAGGED, _FULL),
     90: _MatmulTiles(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), _RAGGED, _FULL),
-    100: _MatmulTiles(Tile(128, 256, 64, 8, 3), Tile(128, 64, 64, 8, 3), _RAGGED, _FULL),
+    100: _MatmulTiles(
+        Tile(128, 256, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 8, 2), _FULL
+    ),
 }
 
 
@@ -118,9 +120,10 @@ def grad_b_tile(lanes: int, block: int) -> Tile:
     return Tile(32, columns, 0, 8 if columns == 256 else 4, 2)
 
 
-def grad_a_tile(lanes: int, block: int) -> Tile:
+def grad_a_tile(arch: int, lanes: int, block: int) -> Tile:
     """Tile of the pass over x for dA: block_m rows a step, block_n columns a program."""
-    columns = max(32, min(128, 8192 // (lanes * block)))
+    widest = 64 if table_arch(arch) >= 100 else 128  # masks of 128 columns spill on sm_100
+    columns = max(32, min(widest, 8192 // (lanes * block)))
     return Tile(32, columns, 0, 4, 2)
 
 

@@ -77,6 +77,8 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     seed = seed.reshape(())
     groups = -(-cols // 8)
     limit = threshold(p) - _LEVELS // 2
+    if limit == _LEVELS // 2:  # no 16-bit number reaches it, and torch would wrap it around
+        return torch.zeros(rows, cols, dtype=torch.bool, device=seed.device)
     keep = torch.empty(rows * groups, 8, dtype=torch.bool, device=seed.device)
     for start in range(0, rows * groups, _CHUNK):
         stop = min(start + _CHUNK, rows * groups)

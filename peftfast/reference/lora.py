@@ -82,8 +82,7 @@ def lora_linear_forward(
         if dropout_p[i] > 0:
             assert seed is not None
             inputs = shared_x * keep_mask(seed[i], x.shape[0], x.shape[1], dropout_p[i])
-        torch.mm(inputs, a.to(t.dtype).t(), out=column)
-        column.mul_(scaling[i] * keep_scale(dropout_p[i]))
+        _scaled_mm(inputs, a.to(t.dtype).t(), scaling[i] * keep_scale(dropout_p[i]), column)
     ys = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     for owner, column, b in zip(owners, columns, lora_b, strict=True):
         ys[owner].addmm_(column.to(x.dtype), b.to(x.dtype).t())
@@ -125,7 +124,8 @@ def lora_linear_backward(
             grads_b[i] = torch.mm(wide_dy.t(), column).to(b.dtype)
         if not (need_a[i] or need_x):
             continue
-        g = torch.mm(wide_dy, b.to(t.dtype)).mul_(scaling[i] * keep_scale(dropout_p[i]))
+        g = torch.empty_like(column)
+        _scaled_mm(wide_dy, b.to(t.dtype), scaling[i] * keep_scale(dropout_p[i]), g)
         mask = None
         if dropout_p[i] > 0:
             assert seed is not None
@@ -157,6 +157,11 @@ def bottleneck_dtype(lora_a: Sequence[Tensor]) -> torch.dtype:
     for a in lora_a[1:]:
         dtype = torch.promote_types(dtype, a.dtype)
     return dtype
+
+
+def _scaled_mm(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
+    """out = scale * left right, rounded once; out's former values don't count."""
+    torch.addmm(out, left, right, beta=0.0, alpha=scale, out=out)
 
 
 def _frozen_dx(dys: Sequence[Tensor | None], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
