@@ -10,5 +10,6 @@ Importing this package imports neither triton, peft nor transformers.
 from __future__ import annotations
 
 from peftfast._version import __version__
+from peftfast.patching import PatchReport, patch, report, unpatch
 
-__all__ = ["__version__"]
+__all__ = ["PatchReport", "__version__", "patch", "report", "unpatch"]
