@@ -47,12 +47,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A corpus as token ids, and what pads its batches."""
+    """A corpus as token ids, none longer than `limit`, and what pads its batches."""
 
     train: list[dict[str, Any]]
     test: list[dict[str, Any]]
     labels: list[str]
     tokenizer: PreTrainedTokenizerBase
+    limit: int
 
     def batch(self, examples: list[dict[str, Any]], device: str) -> dict[str, Tensor]:
         """The examples padded to the longest, on the device."""
@@ -91,9 +92,10 @@ def encode(
             f"the tokenizer of {settings.model} has neither a padding nor an end token"
         )
 
+    limit = min(MAX_TOKENS, tokenizer.model_max_length)
+
     def ids(examples: list[Example]) -> list[dict[str, Any]]:
         texts = [example.text for example in examples]
-        limit = min(MAX_TOKENS, tokenizer.model_max_length)
         encoded = tokenizer(texts, truncation=True, max_length=limit)
         return [
             {"input_ids": row, "attention_mask": mask, "labels": example.label}
@@ -102,7 +104,7 @@ def encode(
             )
         ]
 
-    return Encoded(ids(train), sorted(ids(test), key=_length), corpus.labels, tokenizer)
+    return Encoded(ids(train), sorted(ids(test), key=_length), corpus.labels, tokenizer, limit)
 
 
 def build(settings: Settings, data: Encoded, lora_dropout: float) -> PeftModel:

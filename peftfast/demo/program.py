@@ -122,12 +122,14 @@ def _texts(
 
 
 def _amounts(corpus: data.Corpus, texts: classifier.Encoded, settings: classifier.Settings) -> str:
+    full = sum(len(text["input_ids"]) == texts.limit for text in texts.train + texts.test)
+    cut = f"; {full:,} texts of {texts.limit} tokens or more, cut there" if full else ""
     passes = settings.steps * settings.batch_size / len(texts.train)
     return (
         f"{len(texts.train):,} of {len(corpus.train):,} training texts, "
         f"{len(texts.test):,} of {len(corpus.test):,} test texts, {len(corpus.labels)} labels; "
         f"{settings.steps} steps of {settings.batch_size} (passes: {passes:.2g}), "
-        f"seed {settings.seed}, {settings.device}, float32"
+        f"seed {settings.seed}, {settings.device}, float32{cut}"
     )
 
 

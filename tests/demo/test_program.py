@@ -122,6 +122,14 @@ def test_accuracy_is_that_of_what_was_learnt(small: list[object], tmp_path: Path
         assert run["accuracy"] > 0.8
 
 
+def test_long_texts_are_cut_and_said_to_be(
+    small: list[object], texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts.write_text(texts.read_text() + f"{'card ' * 40},card\n")
+    assert demo_main(*small, "--dropout", 0, "--steps", 40, "--test-size", 90) == 0
+    assert "; 1 texts of 32 tokens or more, cut there" in capsys.readouterr().out
+
+
 def test_train_size_and_passes(small: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     assert demo_main(*small, "--dropout", 0, "--train-size", 12) == 0
     assert "12 of 72 training texts" in (out := capsys.readouterr().out)
