@@ -126,7 +126,7 @@ def test_long_texts_are_cut_and_said_to_be(
     small: list[object], texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts.write_text(texts.read_text() + f"{'card ' * 40},card\n")
-    assert demo_main(*small, "--dropout", 0, "--steps", 40, "--test-size", 90) == 0
+    assert demo_main(*small, "--dropout", 0, "--train-size", 90, "--test-size", 90) == 0
     assert "; 1 texts of 32 tokens or more, cut there" in capsys.readouterr().out
 
 
