@@ -1,5 +1,4 @@
-"""The LoRA linear: y = x W^T + b + sum_i scaling_i (drop_i(x) A_i^T) B_i^T, for one linear or for
-siblings.
+"""The LoRA linear: y = x W^T + b + sum_i scaling_i (drop_i(x) A_i^T) B_i^T, alone or with siblings.
 
 Contract, checks, dispatch and autograd; the maths is in `peftfast.reference.lora`, the kernels in
 `peftfast_kernels.lora`. Saved for the backward: x, the parameters, the bottleneck t = s drop(x)
@@ -9,9 +8,8 @@ clone of y.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -20,13 +18,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfast.ops.dispatch import Impl, choose, parse_impl, triton_reasons
+from peftfast.ops.operands import (
+    Factors,
+    OneOrMore,
+    as_list,
+    autocast_dtype,
+    check_operand,
+    check_seed,
+    factors,
+    no_autocast,
+    probabilities,
+    shape,
+)
 from peftfast.ops.second_order import first_order_only
 from peftfast.reference import lora as reference
 
 _SEED_LIMIT = (1 << 63) - 1
-
-OneOrMore = Tensor | Sequence[Tensor]
-Factors = float | Sequence[float]
 
 
 def lora_linear(
@@ -164,14 +171,14 @@ def _flatten(
     flat_a: list[Tensor] = []
     flat_b: list[Tensor] = []
     owners: list[int] = []
-    factors: list[float] = []
-    probabilities: list[float] = []
+    scales: list[float] = []
+    drops: list[float] = []
     for j, (w, bias) in enumerate(zip(weights, biases, strict=True)):
         at = f"[{j}]" if count > 1 else ""
         _check_linear(
             x, w, bias, f"weights{at}" if at else "weight", f"biases{at}" if at else "bias"
         )
-        a, b = _as_list(lora_a[j], f"lora_a{at}"), _as_list(lora_b[j], f"lora_b{at}")
+        a, b = as_list(lora_a[j], f"lora_a{at}"), as_list(lora_b[j], f"lora_b{at}")
         if len(a) != len(b):
             raise ValueError(f"lora_a{at} has {len(a)} adapters and lora_b{at} has {len(b)}")
         for i, (a_i, b_i) in enumerate(zip(a, b, strict=True)):
@@ -179,13 +186,11 @@ def _flatten(
         flat_a.extend(a)
         flat_b.extend(b)
         owners.extend([j] * len(a))
-        factors.extend(_factors(scaling[j], len(a), f"scaling{at}"))
-        probabilities.extend(_probabilities(dropout_p[j], len(a), f"dropout_p{at}"))
+        scales.extend(factors(scaling[j], len(a), f"scaling{at}"))
+        drops.extend(probabilities(dropout_p[j], len(a), f"dropout_p{at}"))
     if seed is not None:
-        _check_seed(x, seed, len(flat_a))
-    return _Operands(
-        x, list(weights), list(biases), flat_a, flat_b, owners, factors, probabilities, seed
-    )
+        check_seed(x, seed, len(flat_a))
+    return _Operands(x, list(weights), list(biases), flat_a, flat_b, owners, scales, drops, seed)
 
 
 def _check_lengths(count: int, **lists: Any) -> None:
@@ -205,30 +210,28 @@ def _check_x(x: Tensor) -> Tensor:
         raise ValueError("x is a scalar; it needs at least one dimension, [..., in]")
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; a floating dtype is needed")
-    if (dtype := _autocast_dtype(x)) is not None:
+    if (dtype := autocast_dtype(x)) is not None:
         x = x.to(dtype)
     return x
 
 
 def _check_linear(x: Tensor, w: Tensor, bias: Tensor | None, w_name: str, bias_name: str) -> None:
-    _check_operand(x, w, w_name, 2, any_dtype=_autocast_dtype(x) is not None)
+    check_operand(x, w, w_name, 2, any_dtype=autocast_dtype(x) is not None)
     if w.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"{w_name} is {_shape(w)}, [out, in], and x is {_shape(x)}: in is {w.shape[1]} in one,"
+            f"{w_name} is {shape(w)}, [out, in], and x is {shape(x)}: in is {w.shape[1]} in one,"
             f" {x.shape[-1]} in the other"
         )
     if bias is None:
         return
-    _check_operand(x, bias, bias_name, 1, any_dtype=_autocast_dtype(x) is not None)
+    check_operand(x, bias, bias_name, 1, any_dtype=autocast_dtype(x) is not None)
     if bias.shape[0] != w.shape[0]:
-        raise ValueError(
-            f"{bias_name} is {_shape(bias)}; {w_name} {_shape(w)} needs [{w.shape[0]}]"
-        )
+        raise ValueError(f"{bias_name} is {shape(bias)}; {w_name} {shape(w)} needs [{w.shape[0]}]")
 
 
 def _check_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor, at: str) -> None:
     for name, value in ((f"lora_a{at}", a), (f"lora_b{at}", b)):
-        _check_operand(x, value, name, 2, any_dtype=True)
+        check_operand(x, value, name, 2, any_dtype=True)
         if value.dtype not in (x.dtype, torch.float32):
             raise TypeError(
                 f"{name} is {value.dtype}; with x of {x.dtype} adapters are {x.dtype}"
@@ -236,75 +239,11 @@ def _check_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor, at: str) -> None:
             )
     rank = a.shape[0]
     if rank < 1:
-        raise ValueError(f"lora_a{at} is {_shape(a)}: the rank must be at least 1")
+        raise ValueError(f"lora_a{at} is {shape(a)}: the rank must be at least 1")
     if a.shape[1] != x.shape[-1]:
-        raise ValueError(f"lora_a{at} is {_shape(a)}; x {_shape(x)} needs [r, {x.shape[-1]}]")
+        raise ValueError(f"lora_a{at} is {shape(a)}; x {shape(x)} needs [r, {x.shape[-1]}]")
     if b.shape != (w.shape[0], rank):
-        raise ValueError(f"lora_b{at} is {_shape(b)}; [out, r] is [{w.shape[0]}, {rank}] here")
-
-
-def _check_operand(x: Tensor, value: Tensor, name: str, ndim: int, any_dtype: bool) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; a tensor is needed")
-    if value.ndim != ndim:
-        raise ValueError(f"{name} is {_shape(value)}; {ndim} dimensions are needed")
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}, x is on {x.device}")
-    if not value.is_floating_point() or not (any_dtype or value.dtype == x.dtype):
-        raise TypeError(
-            f"{name} is {value.dtype}, x is {x.dtype}: they must agree (outside autocast)"
-        )
-
-
-def _check_seed(x: Tensor, seed: Tensor, adapters: int) -> None:
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
-        got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
-        raise TypeError(f"seed is {got}; an int64 tensor is needed")
-    if seed.shape != (adapters,) or seed.device != x.device:
-        raise ValueError(
-            f"seed is {_shape(seed)} on {seed.device}; [{adapters}] on {x.device} is needed,"
-            " one an adapter"
-        )
-
-
-def _as_list(value: OneOrMore, name: str) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Iterable):
-        return list(value)
-    raise TypeError(f"{name} is {type(value).__name__}; a tensor or a list of tensors is needed")
-
-
-def _factors(value: Factors, count: int, name: str) -> list[float]:
-    values = [value] * count if isinstance(value, Real) else list(value)  # type: ignore[arg-type]
-    if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} entries for {count} adapters")
-    for one in values:
-        if not isinstance(one, Real):
-            raise TypeError(f"{name} holds {type(one).__name__}; numbers are needed")
-        if not math.isfinite(one):
-            raise ValueError(f"{name} is {one}; a finite number is needed")
-    return [float(one) for one in values]
-
-
-def _probabilities(value: Factors, count: int, name: str) -> list[float]:
-    values = _factors(value, count, name)
-    for p in values:
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"{name} is {p}; a probability in [0, 1] is needed")
-    return values
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would cast x to before a linear; None where it would leave it."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def _shape(value: Tensor) -> str:
-    return str(list(value.shape))
+        raise ValueError(f"lora_b{at} is {shape(b)}; [out, r] is [{w.shape[0]}, {rank}] here")
 
 
 # Running: eager calls go through an autograd.Function, compiled ones through the library op; both
@@ -350,10 +289,10 @@ def _forward(operands: _Operands, impl: str) -> tuple[list[Tensor], Tensor]:
     """Outputs [..., N_j] and t [M, sum r_i]. W and b are cast here, to x's dtype, and the casts
     not kept.
     """
-    with _no_autocast(operands.x):
+    with no_autocast(operands.x):
         ys, t = _implementation(impl).lora_linear_forward(*_as_matrices(operands))
-    shape = operands.x.shape[:-1]
-    return [y.view(*shape, y.shape[-1]) for y in ys], t
+    leading = operands.x.shape[:-1]
+    return [y.view(*leading, y.shape[-1]) for y in ys], t
 
 
 def _backward(
@@ -366,7 +305,7 @@ def _backward(
     rows = matrices.x.shape[0]
     flat = [None if dy is None else dy.reshape(rows, dy.shape[-1]) for dy in dys]
     need_x, *need = _split_needs(needs, len(operands.weights), len(operands.lora_a))
-    with _no_autocast(operands.x):
+    with no_autocast(operands.x):
         grads = _implementation(impl).lora_linear_backward(flat, t, *matrices, need_x[0], *need)
     if need_x[0]:
         grads[0] = grads[0].view(operands.x.shape)
@@ -381,13 +320,6 @@ def _as_matrices(operands: _Operands) -> _Operands:
         weights=[w.to(x.dtype) for w in operands.weights],
         biases=[None if b is None else b.to(x.dtype) for b in operands.biases],
     )
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The casts are made already; autocast must not make others inside."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _split_needs(needs: Sequence[bool], linears: int, adapters: int) -> list[Sequence[bool]]:

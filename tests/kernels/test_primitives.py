@@ -21,9 +21,7 @@ def _mask_kernel(
 ):
     first_column = tl.program_id(0) * BLOCK_N
     rows = first_row + tl.arange(0, BLOCK_M).to(tl.int64)
-    keep = philox.keep_tile(
-        tl.load(seed_ptr), limit, rows, first_column, columns, BLOCK_M, BLOCK_N
-    )
+    keep = philox.keep_tile(tl.load(seed_ptr), limit, rows, first_column, columns, BLOCK_M, BLOCK_N)
     cols = first_column + tl.arange(0, BLOCK_N)
     position = tl.arange(0, BLOCK_M)[:, None] * columns + cols[None, :]
     tl.store(out_ptr + position, keep.to(tl.int8), mask=cols[None, :] < columns)

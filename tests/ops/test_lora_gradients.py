@@ -1,8 +1,8 @@
 """Outputs and gradients of lora_linear against float64, in the reference and in Triton.
 
-Every freshly allocated output is poisoned with NaN, so that an element that no kernel writes shows. The full
-product of sizes runs with PEFTFAST_EXHAUSTIVE=1; otherwise each pair of rank and widths runs once, with rows and
-dropout taking turns.
+Every freshly allocated output is poisoned with NaN, so that an element that no kernel writes
+shows. The full product of sizes runs with PEFTFAST_EXHAUSTIVE=1; otherwise each pair of rank and
+widths runs once, with rows and dropout taking turns.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ from tests.tolerance import assert_within
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 IMPLS = ["reference", "triton"]
-RANKS, WIDTHS, ROWS, DROPOUTS = (1, 3, 8, 16, 64, 200), (64, 96, 130, 1000), (0, 1, 17, 300), (0.0, 0.1)
+RANKS, WIDTHS, ROWS, DROPOUTS = (
+    (1, 3, 8, 16, 64, 200),
+    (64, 96, 130, 1000),
+    (0, 1, 17, 300),
+    (0.0, 0.1),
+)
 # The interpreter computes bfloat16 wrong; on a GPU it is the dtype that matters most.
 LOW = torch.bfloat16 if CUDA else torch.float16
 DTYPES = [(torch.float32, torch.float32), (LOW, LOW), (LOW, torch.float32)]
@@ -33,8 +39,10 @@ DTYPES = [(torch.float32, torch.float32), (LOW, LOW), (LOW, torch.float32)]
 def _sizes() -> list[tuple[int, int, int, int, float]]:
     if os.environ.get("PEFTFAST_EXHAUSTIVE") == "1":
         return list(itertools.product(RANKS, WIDTHS, WIDTHS, ROWS, DROPOUTS))
-    turns = itertools.cycle(itertools.product(ROWS, DROPOUTS))
-    return [(*pair, *next(turns)) for pair in itertools.product(RANKS, WIDTHS, WIDTHS)]
+    # 96 pairs of rank and widths; their rows and dropout walk through all eight combinations.
+    turns = list(itertools.product(ROWS, DROPOUTS))
+    pairs = itertools.product(RANKS, WIDTHS, WIDTHS)
+    return [(*pair, *turns[(i + i // 8) % 8]) for i, pair in enumerate(pairs)]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +59,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Case:
-    """Operands of sibling linears, exact in `dtype`, with random up-projections that are not zero."""
+    """Operands of sibling linears, exact in `dtype`, with random up-projections that are not
+    zero.
+    """
 
     def __init__(
         self,
@@ -71,16 +81,18 @@ class Case:
         self.dropout_p = [dropout_p] * len(flat)
         self.seed = torch.arange(10, 10 + len(flat), device=DEVICE) if dropout_p else None
 
-        def draw(*shape: int) -> Tensor:
-            scale = shape[-1] ** -0.5 if len(shape) == 2 else 1.0
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(shape, device=DEVICE) * scale).to(dtype).double()
 
-        self.x = draw(rows, in_features) * in_features**0.5
-        self.weights = [draw(n, in_features) for n in outs]
+        def matrix(rows: int, cols: int) -> Tensor:
+            return draw(rows, cols, scale=cols**-0.5)
+
+        self.x = draw(rows, in_features)
+        self.weights = [matrix(n, in_features) for n in outs]
         self.biases = [draw(n) if bias else None for n in outs]
-        self.lora_a = [draw(r, in_features) for r in flat]
-        self.lora_b = [draw(outs[j], r) for j, r in zip(self.owners, flat, strict=True)]
-        self.dys = [draw(rows, n) * n**0.5 for n in outs]
+        self.lora_a = [matrix(r, in_features) for r in flat]
+        self.lora_b = [matrix(outs[j], r) for j, r in zip(self.owners, flat, strict=True)]
+        self.dys = [draw(rows, n) for n in outs]
 
     def run(self, how: str, wide: bool = False) -> dict[str, Tensor]:
         """Outputs and gradients; `how` is an impl, or "formula" for eager PyTorch."""
@@ -97,7 +109,15 @@ class Case:
         lora_b = [leaf(b, adapter_dtype) for b in self.lora_b]
         if how == "formula":
             ys = reference.lora_linear(
-                x, weights, biases, lora_a, lora_b, self.owners, self.scaling, self.dropout_p, self.seed
+                x,
+                weights,
+                biases,
+                lora_a,
+                lora_b,
+                self.owners,
+                self.scaling,
+                self.dropout_p,
+                self.seed,
             )
         else:
             ys = lora_linear_group(
@@ -123,25 +143,35 @@ class Case:
         flat = iter(values)
         return [[next(flat) for _ in own] for own in self.ranks]
 
-    def check(self, impl: str) -> None:
-        truth, eager, ours = self.run("formula", wide=True), self.run("formula"), self.run(impl)
-        for name, value in ours.items():
-            assert value.dtype == eager[name].dtype, name
-            assert_within(value, eager[name], truth[name], name)
+
+def check(impl: str, rows: int, *args: Any) -> None:
+    """Hold an implementation to the tolerance on one case, or on several draws of a small one.
+
+    With few rows a gradient hangs on one or two rounded sums, whose error is a matter of luck in
+    either implementation; over 16 draws it isn't.
+    """
+    cases = [Case(rows, *args) for _ in range(1 if rows == 0 or rows > 20 else 16)]
+    truth = [case.run("formula", wide=True) for case in cases]
+    eager = [case.run("formula") for case in cases]
+    ours = [case.run(impl) for case in cases]
+    for name in ours[0]:
+        values = [torch.stack([run[name] for run in runs]) for runs in (ours, eager, truth)]
+        assert values[0].dtype == values[1].dtype, name
+        assert_within(*values, what=name)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("rank", "k", "n", "rows", "dropout_p"), _sizes())
 def test_sizes(impl: str, rank: int, k: int, n: int, rows: int, dropout_p: float) -> None:
     dtypes = DTYPES[(rank + k + n) % len(DTYPES)]
-    Case(rows, k, [n], [[rank]], dropout_p, *dtypes).check(impl)
+    check(impl, rows, k, [n], [[rank]], dropout_p, *dtypes)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5, 1.0])
 def test_dtypes(impl: str, dtypes: tuple[torch.dtype, torch.dtype], dropout_p: float) -> None:
-    Case(70, 96, [130], [[5]], dropout_p, *dtypes).check(impl)
+    check(impl, 70, 96, [130], [[5]], dropout_p, *dtypes)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -153,12 +183,12 @@ def test_groups_of_siblings_with_several_adapters(
 ) -> None:
     monkeypatch.setenv("PEFTFAST_LORA_GEMM", plan)
     ranks = [[8, 3], [], [16], [1, 200]]
-    Case(37, 72, [64, 24, 40, 33], ranks, dropout_p, LOW, torch.float32, bias).check(impl)
+    check(impl, 37, 72, [64, 24, 40, 33], ranks, dropout_p, LOW, torch.float32, bias)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_more_adapters_than_one_launch_holds(impl: str) -> None:
-    Case(19, 40, [24, 32], [[2] * 9, [130, 4]], 0.1, torch.float32, torch.float32).check(impl)
+    check(impl, 33, 40, [24, 32], [[2] * 9, [130, 4]], 0.1, torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -172,7 +202,7 @@ def test_more_adapters_than_one_launch_holds(impl: str) -> None:
     bias=st.booleans(),
 )
 def test_drawn_sizes(impl, rows, k, outs, rank, dropout_p, dtypes, bias) -> None:
-    Case(rows, k, outs, [[rank]] * len(outs), dropout_p, *dtypes, bias).check(impl)
+    check(impl, rows, k, outs, [[rank]] * len(outs), dropout_p, *dtypes, bias)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

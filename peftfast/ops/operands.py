@@ -1,0 +1,86 @@
+"""Checks and conversions that the ops' contracts share; every error names the operand."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OneOrMore = Tensor | Sequence[Tensor]
+Factors = float | Sequence[float]
+
+
+def check_operand(x: Tensor, value: Tensor, name: str, ndim: int, any_dtype: bool) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; a tensor is needed")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} is {shape(value)}; {ndim} dimensions are needed")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, x is on {x.device}")
+    if not value.is_floating_point() or not (any_dtype or value.dtype == x.dtype):
+        raise TypeError(
+            f"{name} is {value.dtype}, x is {x.dtype}: they must agree (outside autocast)"
+        )
+
+
+def check_seed(x: Tensor, seed: Tensor, adapters: int) -> None:
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"seed is {got}; an int64 tensor is needed")
+    if seed.shape != (adapters,) or seed.device != x.device:
+        raise ValueError(
+            f"seed is {shape(seed)} on {seed.device}; [{adapters}] on {x.device} is needed,"
+            " one an adapter"
+        )
+
+
+def as_list(value: OneOrMore, name: str) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Iterable):
+        return list(value)
+    raise TypeError(f"{name} is {type(value).__name__}; a tensor or a list of tensors is needed")
+
+
+def factors(value: Factors, count: int, name: str) -> list[float]:
+    values = [value] * count if isinstance(value, Real) else list(value)  # type: ignore[arg-type]
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} adapters")
+    for one in values:
+        if not isinstance(one, Real):
+            raise TypeError(f"{name} holds {type(one).__name__}; numbers are needed")
+        if not math.isfinite(one):
+            raise ValueError(f"{name} is {one}; a finite number is needed")
+    return [float(one) for one in values]
+
+
+def probabilities(value: Factors, count: int, name: str) -> list[float]:
+    values = factors(value, count, name)
+    for p in values:
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"{name} is {p}; a probability in [0, 1] is needed")
+    return values
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast x to before a linear; None where it would leave it."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def shape(value: Tensor) -> str:
+    return str(list(value.shape))
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The casts are made already; autocast must not make others inside."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
