@@ -158,3 +158,22 @@ def test_nothing_is_started_after_the_deadline():
     assert past.expired("8B") is True
     assert Request(CPU, quick=True, deadline=None, say=said.append).expired("1B") is False
     assert said == ["out of time, not started: 8B", "1B"]
+
+
+def test_gpu_run_goes_on_after_a_failure_and_sums_up(monkeypatch, tmp_path, capfd):
+    row = {"benchmark": "good", "config": {"rows": 1}, "variant": "ours", "peak_bytes": 1 << 20}
+    row |= {"time": {"median": 0.002}, "distance_to_floor": 1.5}
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
+
+    def stages(folder, results):
+        python, rows = gpu.sys.executable, json.dumps({"rows": [row]})
+        yield gpu.Stage("broken", [python, "-c", "raise SystemExit(1)"], 60.0)
+        yield gpu.Stage("good", [python, "-c", write, str(folder / "good.json"), rows], 60.0)
+
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "device_name", lambda device: "A GPU")
+    monkeypatch.setattr(gpu, "stages", stages)
+    assert gpu.run_gpu(200.0, None) == 1
+    printed = capfd.readouterr().out
+    assert "failed with status 1" in printed and "passed" in printed
+    assert "ours" in printed and "2.000" in printed and "1.50" in printed
