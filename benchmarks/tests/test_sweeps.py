@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, call-arg"
 """The sweeps change what they say they change, and put it back."""
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ def test_a_forced_plan_holds_inside_only(plan, before, monkeypatch):
     assert os.environ.get(VARIABLE) == before
 
 
-def test_a_changed_tile_holds_inside_only():
-    pinned = tiles.matmul_tile(90, 2, False)
-    with tile_changed("matmul_tile", {"block_n": 32, "num_warps": 2}):
-        changed = tiles.matmul_tile(90, 2, False)
-    assert (changed.block_n, changed.num_warps, changed.block_m) == (32, 2, pinned.block_m)
-    assert tiles.matmul_tile(90, 2, False) == pinned
+def test_a_changed_tile_holds_inside_only(monkeypatch):
+    def pinned(arch, dropout):
+        return tiles.Tile(arch, 64 if dropout else 128, 32)
+
+    monkeypatch.setattr(tiles, "matmul_tile", pinned)
+    with tile_changed("matmul_tile", {"block_n": 16, "num_warps": 2}):
+        changed = tiles.matmul_tile(90, dropout=True)
+    assert (changed.block_m, changed.block_n, changed.num_warps) == (90, 16, 2)
+    assert tiles.matmul_tile is pinned
 
 
 def test_candidates_name_what_exists():
