@@ -57,10 +57,9 @@ def philox(seed: Tensor, counters: Tensor) -> Tensor:
         c2 = c3.bitwise_xor_(p0 >> 32).bitwise_xor_(k1).bitwise_and_(_MASK32)
         c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
-    words = torch.stack((c0, c1, c2, c3), dim=-1)
-    # int64 -> int32 keeps the low half: a little-endian view instead of a conversion that would
-    # have to wrap.
-    return words.view(torch.int32)[:, ::2]
+    # Two words an int64, the first in the low half: in memory the four lie in order.
+    pairs = torch.stack((c1.bitwise_left_shift_(32) | c0, c3.bitwise_left_shift_(32) | c2), dim=-1)
+    return pairs.view(torch.int32)
 
 
 def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
@@ -83,6 +82,6 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     for start in range(0, rows * groups, _CHUNK):
         stop = min(start + _CHUNK, rows * groups)
         counters = torch.arange(start, stop, dtype=torch.int64, device=seed.device)
-        halves = philox(seed, counters).contiguous().view(torch.int16)  # [n, 8]
+        halves = philox(seed, counters).view(torch.int16)  # [n, 8]
         torch.ge(halves, limit, out=keep[start:stop])
     return keep.view(rows, groups * 8)[:, :cols]

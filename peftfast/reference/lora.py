@@ -81,7 +81,8 @@ def lora_linear_forward(
         inputs = shared_x
         if dropout_p[i] > 0:
             assert seed is not None
-            inputs = shared_x * keep_mask(seed[i], x.shape[0], x.shape[1], dropout_p[i])
+            mask = keep_mask(seed[i], x.shape[0], x.shape[1], dropout_p[i])
+            inputs = torch.where(mask, shared_x, 0.0)
         _scaled_mm(inputs, a.to(t.dtype).t(), scaling[i] * keep_scale(dropout_p[i]), column)
     ys = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     for owner, column, b in zip(owners, columns, lora_b, strict=True):
@@ -131,14 +132,14 @@ def lora_linear_backward(
             assert seed is not None
             mask = keep_mask(seed[i], x.shape[0], x.shape[1], dropout_p[i])
         if need_a[i]:
-            inputs = x.to(t.dtype) if mask is None else x.to(t.dtype) * mask
+            inputs = x.to(t.dtype) if mask is None else torch.where(mask, x.to(t.dtype), 0.0)
             grads_a[i] = torch.mm(g.t(), inputs).to(a.dtype)
         if dx is None:
             continue
         if mask is None:
             dx.addmm_(g.to(dx.dtype), a.to(dx.dtype))
         else:
-            dx.add_(torch.mm(g.to(dx.dtype), a.to(dx.dtype)).mul_(mask))
+            dx.add_(torch.where(mask, torch.mm(g.to(dx.dtype), a.to(dx.dtype)), 0.0))
     grads = [dx] if dx is not None else []
     for j, (dy, w) in enumerate(zip(dys, weights, strict=True)):
         if need_weights[j]:
