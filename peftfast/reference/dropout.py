@@ -20,7 +20,8 @@ _LEVELS = 1 << 16
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _MASK32 = 0xFFFFFFFF
-_CHUNK = 1 << 14  # counters a pass: the eight int64 buffers stay in a core's cache
+_CHUNK = 1 << 14  # counters a pass: the int64 buffers stay in a core's cache, and in one thread
+_BLOCK = 1 << 17  # counters a comparison, which runs on all threads
 
 
 def threshold(p: float) -> int:
@@ -36,7 +37,7 @@ def keep_scale(p: float) -> float:
     return _LEVELS / kept if kept else 0.0
 
 
-def philox(seed: Tensor, counters: Tensor) -> Tensor:
+def philox(seed: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
     """Philox4x32-7 of 64-bit counters under one 64-bit key.
 
     Args:
@@ -44,7 +45,7 @@ def philox(seed: Tensor, counters: Tensor) -> Tensor:
         counters: int64 [n].
 
     Returns:
-        int32 [n, 4]: the four output words.
+        int64 [n] twice: words 0 and 1, and words 2 and 3, the first of each in the low half.
     """
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     c0, c1 = counters & _MASK32, (counters >> 32) & _MASK32
@@ -58,8 +59,7 @@ def philox(seed: Tensor, counters: Tensor) -> Tensor:
         c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
     # Two words an int64, the first in the low half: in memory the four lie in order.
-    pairs = torch.stack((c1.bitwise_left_shift_(32) | c0, c3.bitwise_left_shift_(32) | c2), dim=-1)
-    return pairs.view(torch.int32)
+    return c1.bitwise_left_shift_(32).bitwise_or_(c0), c3.bitwise_left_shift_(32).bitwise_or_(c2)
 
 
 def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
@@ -78,10 +78,14 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     limit = threshold(p) - _LEVELS // 2
     if limit == _LEVELS // 2:  # no 16-bit number reaches it, and torch would wrap it around
         return torch.zeros(rows, cols, dtype=torch.bool, device=seed.device)
-    keep = torch.empty(rows * groups, 8, dtype=torch.bool, device=seed.device)
-    for start in range(0, rows * groups, _CHUNK):
-        stop = min(start + _CHUNK, rows * groups)
-        counters = torch.arange(start, stop, dtype=torch.int64, device=seed.device)
-        halves = philox(seed, counters).view(torch.int16)  # [n, 8]
-        torch.ge(halves, limit, out=keep[start:stop])
+    total = rows * groups
+    keep = torch.empty(total, 8, dtype=torch.bool, device=seed.device)
+    words = torch.empty(min(total, _BLOCK), 2, dtype=torch.int64, device=seed.device)
+    for block in range(0, total, _BLOCK):
+        size = min(_BLOCK, total - block)
+        for start in range(0, size, _CHUNK):
+            stop = min(start + _CHUNK, size)
+            counters = torch.arange(block + start, block + stop, device=seed.device)
+            words[start:stop, 0], words[start:stop, 1] = philox(seed, counters)
+        torch.ge(words[:size].view(torch.int16), limit, out=keep[block : block + size])
     return keep.view(rows, groups * 8)[:, :cols]
