@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python
 # Further arguments of the command behind a target: make demo ARGS="--help".
 ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --durations=15
 
 INSTALLED := $(VENV)/.peftfast-installed
 RUN := $(VENV)/bin/python
