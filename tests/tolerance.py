@@ -1,4 +1,4 @@
-"""The project's tolerance: twice the error of the same maths in eager PyTorch, plus one rounding."""
+"""The tolerance: twice the error of the same maths in eager PyTorch, plus one rounding."""
 
 from __future__ import annotations
 

@@ -114,16 +114,22 @@ def shrink_tile(itemsize: int, adapter_itemsize: int, lanes: int, block: int) ->
     return Tile(32, block, depth, 4, 3)
 
 
+def _columns(rank: int, widest: int) -> int:
+    """The power of two, 32 to `widest`, of columns beside which `rank` accumulators fit."""
+    fitting = max(32, min(widest, 8192 // rank))
+    return 1 << (fitting.bit_length() - 1)
+
+
 def grad_b_tile(lanes: int, block: int) -> Tile:
     """Tile of the pass over dy: block_m rows a step, block_n columns a program."""
-    columns = max(32, min(256, 8192 // (lanes * block)))
+    columns = _columns(lanes * block, 256)
     return Tile(32, columns, 0, 8 if columns == 256 else 4, 2)
 
 
 def grad_a_tile(arch: int, lanes: int, block: int) -> Tile:
     """Tile of the pass over x for dA: block_m rows a step, block_n columns a program."""
     widest = 64 if table_arch(arch) >= 100 else 128  # masks of 128 columns spill on sm_100
-    columns = max(32, min(widest, 8192 // (lanes * block)))
+    columns = _columns(lanes * block, widest)
     return Tile(32, columns, 0, 4, 2)
 
 

@@ -76,13 +76,15 @@ def test_every_tile_is_valid(arch: int) -> None:
             for aligned in (False, True):
                 tile = tiles.matmul_tile(arch, itemsize, dropout, aligned)
                 assert tiles.is_valid(tile, arch, itemsize)
-        for lanes, block in ((1, 16), (3, 16), (8, 16), (1, 64), (1, 128), (2, 128)):
+        for lanes, block in ((1, 16), (3, 16), (8, 16), (3, 32), (3, 64), (1, 128), (2, 128)):
             for tile in (
                 tiles.shrink_tile(itemsize, 4, lanes, block),
                 tiles.grad_b_tile(lanes, block),
                 tiles.grad_a_tile(arch, lanes, block),
             ):
                 assert tiles.is_valid(tile, arch, itemsize)
+                for size in (tile.block_m, tile.block_n):
+                    assert size & (size - 1) == 0, f"{tile} of {lanes} lanes of {block}"
 
 
 def test_an_impossible_tile_is_refused() -> None:
