@@ -252,7 +252,7 @@ def _check_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor, at: str) -> None:
 
 def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
     x = operands.x
-    chosen = _serving(impl, x.device, x.dtype)
+    asked = parse_impl(impl)
     if not operands.lora_a:
         frozen = zip(operands.weights, operands.biases, strict=True)
         return tuple(F.linear(x, w, b) for w, b in frozen)
@@ -263,22 +263,18 @@ def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
         has_bias = [b is not None for b in operands.biases]
         present = [b for b in operands.biases if b is not None]
         fields = operands._replace(biases=present)
-        return tuple(torch.ops.peftfast.lora_linear(*fields, has_bias, chosen)[0])
-    settings = (operands.owners, operands.scaling, operands.dropout_p, chosen)
+        return tuple(torch.ops.peftfast.lora_linear(*fields, has_bias, asked.value)[0])
+    settings = (operands.owners, operands.scaling, operands.dropout_p, asked.value)
     tensors = (*operands.weights, *operands.biases, *operands.lora_a, *operands.lora_b)
     return _LoRALinear.apply(settings, x, operands.seed, *tensors)
 
 
-@torch.compiler.assume_constant_result
-def _serving(impl: str | Impl, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the implementation that serves a call."""
+def _implementation(asked: str, x: Tensor) -> Any:
+    """The module that serves a call; a compiled graph asks when it runs."""
+    device, dtype = x.device, x.dtype
     reasons = {Impl.TRITON: triton_reasons(device, dtype), Impl.REFERENCE: []}
     order = (Impl.TRITON, Impl.REFERENCE) if device.type == "cuda" else (Impl.REFERENCE,)
-    return choose("lora_linear", parse_impl(impl), order, reasons).value
-
-
-def _implementation(impl: str) -> Any:
-    if impl == Impl.TRITON.value:
+    if choose("lora_linear", Impl(asked), order, reasons) is Impl.TRITON:
         from peftfast_kernels import lora
 
         return lora
@@ -290,7 +286,7 @@ def _forward(operands: _Operands, impl: str) -> tuple[list[Tensor], Tensor]:
     not kept.
     """
     with no_autocast(operands.x):
-        ys, t = _implementation(impl).lora_linear_forward(*_as_matrices(operands))
+        ys, t = _implementation(impl, operands.x).lora_linear_forward(*_as_matrices(operands))
     leading = operands.x.shape[:-1]
     return [y.view(*leading, y.shape[-1]) for y in ys], t
 
@@ -306,7 +302,9 @@ def _backward(
     flat = [None if dy is None else dy.reshape(rows, dy.shape[-1]) for dy in dys]
     need_x, *need = _split_needs(needs, len(operands.weights), len(operands.lora_a))
     with no_autocast(operands.x):
-        grads = _implementation(impl).lora_linear_backward(flat, t, *matrices, need_x[0], *need)
+        grads = _implementation(impl, operands.x).lora_linear_backward(
+            flat, t, *matrices, need_x[0], *need
+        )
     if need_x[0]:
         grads[0] = grads[0].view(operands.x.shape)
     return grads
