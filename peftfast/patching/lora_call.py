@@ -19,7 +19,6 @@ from peftfast.ops import lora_linear
 from peftfast.patching.forwards import bypass_reason
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
-ON_META = "the input is on the meta device"
 _AUTOCAST_CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,6 +56,12 @@ def read_call(module: Any, x: Tensor) -> LoraCall | str:
     """What `module` computes of x, or why that is not for `lora_linear` to compute."""
     if type(x) not in _PLAIN_TENSORS:
         return f"the input is a {type(x).__name__}"
+    call = read_parameters(module)
+    return call if isinstance(call, str) else operand_reason(x, call) or call
+
+
+def read_parameters(module: Any) -> LoraCall | str:
+    """What `module` computes, whatever its input, or why `lora_linear` does not."""
     if module._disable_adapters:
         return "adapters are disabled"
     if module.merged_adapters:
@@ -89,8 +94,6 @@ def read_call(module: Any, x: Tensor) -> LoraCall | str:
         probabilities.append(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
     if not a_list:
         return "no active adapter on this module"
-    if reason := _operand_reason(x, weight, base_bias, a_list, b_list, bias_list):
-        return reason
     if type(base) is Conv1D:
         weight = weight.t()
     return LoraCall(
@@ -127,28 +130,21 @@ def _adapter_reason(module: Any, name: str, a: Any, b: Any, dropout: Any) -> str
     return None
 
 
-def _operand_reason(
-    x: Tensor,
-    weight: Tensor,
-    base_bias: Tensor | None,
-    lora_a: list[Tensor],
-    lora_b: list[Tensor],
-    lora_bias: list[Tensor | None],
-) -> str | None:
+def operand_reason(x: Tensor, call: LoraCall) -> str | None:
     """What `lora_linear` does not take, or PEFT gives another meaning: kinds, devices, dtypes."""
     device, dtype = x.device, x.dtype
-    if device.type == "meta":
-        return ON_META
+    if device.type == "meta" or not dtype.is_floating_point:
+        return f"the input is {dtype} on {device.type}"
     base_dtypes: tuple[torch.dtype, ...] = (dtype,)
     if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         base_dtypes = _AUTOCAST_CASTS
     for name, values, dtypes in (
-        ("the base layer's weight", [weight], base_dtypes),
-        ("the base layer's bias", [base_bias], base_dtypes),
-        ("lora_A", lora_a, (dtype, torch.float32)),
-        ("lora_B", lora_b, (dtype, torch.float32)),
-        ("lora_B's bias", lora_bias, base_dtypes),
+        ("the base layer's weight", (call.weight,), base_dtypes),
+        ("the base layer's bias", (call.base_bias,), base_dtypes),
+        ("lora_A", call.lora_a, (dtype, torch.float32)),
+        ("lora_B", call.lora_b, (dtype, torch.float32)),
+        ("lora_B's bias", call.lora_bias, base_dtypes),
     ):
         for value in values:
             if value is None:

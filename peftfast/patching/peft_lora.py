@@ -9,10 +9,11 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from peftfast.patching.forwards import replaced_forward
 from peftfast.patching.handlers import Comparison
-from peftfast.patching.lora_call import ON_META, LoraCall, read_call
+from peftfast.patching.lora_call import LoraCall, operand_reason, read_call, read_parameters
 from peftfast.patching.state import KEY, State
 from peftfast.patching.surroundings import transform_reason
 
@@ -80,12 +81,16 @@ class PeftLoraLinear:
             reasons.append(f"lora.Linear.forward was replaced, by {lora.Linear.forward.__module__}")
         if reason := replaced_forward(module, type(module).forward):
             reasons.append(reason)
-        weight = module.get_base_layer().weight
-        kind = "cpu" if weight.device.type == "meta" else weight.device.type
-        with torch.autocast(kind, enabled=False):
-            call = read_call(_enabled(module), weight.detach().new_empty(0, module.in_features))
-        if isinstance(call, str) and call != ON_META:
-            reasons.append(call)
+        call = read_parameters(_enabled(module))
+        if isinstance(call, str):
+            return [*reasons, call]
+        if not _elsewhere(module):
+            weight = call.weight
+            x = torch.empty(0, module.in_features, dtype=weight.dtype, device=weight.device)
+            with torch.autocast(weight.device.type, enabled=False):
+                reason = operand_reason(x, call)
+            if reason:
+                reasons.append(reason)
         return reasons
 
     def compare(self, module: Any, impl: str) -> Comparison:
@@ -98,11 +103,8 @@ class PeftLoraLinear:
         Raises:
             ImplUnavailable: `impl` was named and can't serve this module.
         """
-        for parameter in module.parameters():
-            if parameter.device.type == "meta":
-                return Comparison(unchecked="parameters are on the meta device")
-            if isinstance(parameter, FakeTensor):
-                return Comparison(unchecked="parameters are fake tensors")
+        if unchecked := _elsewhere(module):
+            return Comparison(unchecked=unchecked)
         weight = module.get_base_layer().weight
         generator = torch.Generator(weight.device).manual_seed(0)
 
@@ -133,6 +135,18 @@ class PeftLoraLinear:
                 f" (allowed: {allowed:.2e})"
             )
         return Comparison()
+
+
+def _elsewhere(module: Any) -> str:
+    """Why there are no values to compute with now, though a call may bring them; "" else."""
+    for parameter in module.parameters():
+        if parameter.device.type == "meta":
+            return "parameters are on the meta device"
+        if isinstance(parameter, FakeTensor):
+            return "parameters are fake tensors"
+        if isinstance(parameter, DTensor):
+            return "parameters are sharded"
+    return ""
 
 
 def _enabled(module: Any) -> Any:

@@ -110,7 +110,7 @@ def _fused(candidate: Candidate, state: State, op: str, paths: dict[int, str]) -
     siblings: tuple[str, ...] = ()
     if state.group is not None and state.group.stopped:
         notes.append(f"siblings given up: {state.group.stopped}")
-    elif state.group is not None:
+    elif state.group is not None and state.group.calls:
         members = [ref() for ref in state.group.members]
         siblings = tuple(paths.get(id(m), "(outside this model)") for m in members if m is not None)
     return FusedModule(

@@ -129,11 +129,13 @@ class Siblings:
         self._run, self._run_input, self._run_place = [weakref.ref(module)], weakref.ref(x), place
 
     def _form_group(self) -> None:
-        members = [(ref, state_of(member)) for ref in self._run if (member := ref()) is not None]
+        found = [(ref, state_of(member)) for ref in self._run if (member := ref()) is not None]
+        members = [(ref, state) for ref, state in found if state is not None]
+        if len(members) < 2:
+            return
         group = Group(self, tuple(ref for ref, _ in members))
         for index, (_, state) in enumerate(members):
-            if state is not None:
-                state.group, state.index = group, index
+            state.group, state.index = group, index
         self._waiting.append(group)
 
 
@@ -150,13 +152,15 @@ class _Handout(NamedTuple):
 class Group:
     """Siblings in the order of their calls.
 
-    `active` says whether they are computed together; `stopped`, why they never will be again.
+    `active` says whether they are to be computed together; `stopped`, why they never will be again;
+    `calls`, how often they were.
     """
 
     def __init__(self, siblings: Siblings, members: tuple[weakref.ref[nn.Module], ...]) -> None:
         self.members = members
         self.active = False
         self.stopped = ""
+        self.calls = 0
         self._siblings = siblings
         self._handouts: dict[int, _Handout] = {}  # by thread
         self._unclaimed = 0
@@ -201,6 +205,7 @@ class Group:
             index: (y, call, _versions(call))
             for index, (y, call) in enumerate(zip(others, calls[1:], strict=True), start=1)
         }
+        self.calls += 1
         self._handouts[thread] = _Handout(weakref.ref(x), x._version, modes(x), outputs, watch)
         return first
 
@@ -211,13 +216,12 @@ class Group:
         if handout is None or index not in handout.outputs:
             return None
         y, computed, versions = handout.outputs.pop(index)
+        if not handout.outputs:
+            self._handouts.pop(thread, None)
+            self._unclaimed = 0
         if reason := _difference(handout, computed, versions, x, call):
-            del self._handouts[thread]
             self._siblings.give_up(self, reason)
             return None
-        if not handout.outputs:
-            del self._handouts[thread]
-            self._unclaimed = 0
         return y
 
     def _watch(self, first: Tensor, x: Tensor, thread: int) -> tuple[Tensor, weakref.ref[Any]]:
