@@ -43,6 +43,28 @@ def test_one_graph_and_no_recompilation(seen: bool) -> None:
     assert torch.allclose(model(**inputs_of()).logits, peft(**inputs_of()).logits, atol=1e-5)
 
 
+def test_calls_left_to_peft_are_one_graph_too() -> None:
+    """Counting them in Python would compile again at each call."""
+    model = patch(adapted())
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad(), model.disable_adapter():
+        for _ in range(3):
+            compiled(**inputs_of())
+    assert counter.frame_count == 1
+    assert all(not entry.delegations for entry in report(model).fused)
+
+
+def test_dropout_draws_new_masks_in_one_graph() -> None:
+    model = patch(adapted("llama", lora_dropout=0.4)).train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    losses = [compiled(**inputs_of()).loss for _ in range(3)]
+    losses[-1].backward()
+    assert len({loss.item() for loss in losses}) == 3
+    assert counter.frame_count == 1
+
+
 def test_library_op_is_in_the_graph() -> None:
     model = patch(adapted())
     seen: list[str] = []

@@ -235,7 +235,7 @@ def test_meta_model() -> None:
     fused, _ = pair()
     fused.to("meta")
     assert fused(torch.randn(2, 32, device="meta")).shape == (2, 32)
-    assert reasons(fused) == {"the input is on the meta device": 1}
+    assert reasons(fused) == {"the input is torch.float32 on meta": 1}
 
 
 def test_weight_on_another_device_fails_as_in_peft() -> None:

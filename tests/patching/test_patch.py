@@ -117,6 +117,16 @@ def test_exclude(exclude: Any, left: int) -> None:
     assert not any("_peftfast" in module.__dict__ for module in model.modules())
 
 
+def test_reasons_are_of_the_last_call() -> None:
+    model = adapted()
+    path, module = next(iter(lora_linears(model).items()))
+    patch(model, exclude=[path])
+    module.base_layer.register_forward_hook(lambda *_: None)
+    patch(model)
+    (left,) = report(model).not_fused
+    assert left.reasons == ("the base layer has hooks",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfast.patching import siblings
 from peftfast.patching.state import state_of
-from tests.patching.attention import Counted, block, group_of, observed, same, waiting
+from tests.patching.attention import Counted, attention, block, group_of, observed, same, waiting
 
 
 def test_nothing_is_kept_after_a_forward() -> None:
@@ -93,6 +93,27 @@ def test_a_member_that_is_no_longer_called(calls: Counted) -> None:
         assert waiting(model) == 0
         assert calls.take() == expected
     assert "not all asked for" in group_of(model).stopped
+
+
+def test_a_member_that_is_gone() -> None:
+    """Modules are replaced (merge_and_unload) before the run that they were seen in is closed."""
+    model, _, x = attention("qk")
+    block(model).q(x)
+    block(model).k(x)
+    block(model).k = nn.Identity()
+    gc.collect()
+    for _ in range(3):
+        block(model).q(x).sum().backward()
+    assert group_of(model) is None
+
+
+def test_exceptions_now_and_then_are_no_reason_to_stop() -> None:
+    model, _, x = observed()
+    for _ in range(3):
+        block(model).q(x)
+        assert waiting(model) == 0
+        model(x)
+    assert not group_of(model).stopped
 
 
 def test_leftovers_go_at_the_first_members_next_call() -> None:
@@ -181,9 +202,11 @@ def test_replicas_share_no_outputs() -> None:
         replica._modules[name] = copy.deepcopy(b.k._modules[name])
     with torch.no_grad():
         replica.base_layer.weight.mul_(2)
-    b.q(x)
+    first = b.q(x)
+    assert waiting(model) == 2
     torch.testing.assert_close(replica(x), b.k(x) * 2 - lora_part(b.k, x) - b.k.base_layer.bias)
     assert not group_of(model).stopped
+    del first
 
 
 def lora_part(module: Any, x: Tensor) -> Tensor:
