@@ -41,6 +41,10 @@ def lora_linear_forward(
     seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
     """Outputs y_j [M, N_j] and the bottlenecks t [M, sum r_i], side by side; x is [M, K]."""
+    x = _plain(x)
+    seed = None if seed is None else _plain(seed).contiguous()
+    weights, lora_a, lora_b = (_all_plain(v) for v in (weights, lora_a, lora_b))
+    biases = [None if b is None else _plain(b).contiguous() for b in biases]
     rows = x.shape[0]
     t = x.new_empty((rows, sum(a.shape[0] for a in lora_a)), dtype=_bottleneck_dtype(lora_a))
     ys = [x.new_empty((rows, w.shape[0])) for w in weights]
@@ -86,7 +90,10 @@ def lora_linear_backward(
 
     dys are [M, N_j], None for zero; t is the forward's.
     """
-    present = {j: dy for j, dy in enumerate(dys) if dy is not None and dy.shape[0] > 0}
+    x = _plain(x)
+    seed = None if seed is None else _plain(seed).contiguous()
+    weights, lora_a, lora_b = (_all_plain(v) for v in (weights, lora_a, lora_b))
+    present = {j: _plain(dy) for j, dy in enumerate(dys) if dy is not None and dy.shape[0] > 0}
     lanes = lanes_of(lora_a, lora_b, owners, scaling, dropout_p, tiles.MAX_RANK_BLOCK)
     das = {i: _like(a, owners[i] in present) for i, a in enumerate(lora_a) if need_a[i]}
     with_b = {owners[i] for i, need in enumerate(need_b) if need}
@@ -160,6 +167,15 @@ def _grad_x(
 
 def _fused(x: Tensor) -> bool:
     return tiles.gemm_plan(device.arch(x.device), x.dtype, device.on_gpu(x.device)) == "fused"
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor with its values in memory: no pending negation, no zeros without storage."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
+
+
+def _all_plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [_plain(tensor) for tensor in tensors]
 
 
 def _like(parameter: Tensor, filled: bool) -> Tensor:

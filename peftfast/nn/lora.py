@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.ops import Impl, lora_linear
+from peftfast.ops.dispatch import parse_impl
 
 
 class LoRALinear(nn.Module):
@@ -29,7 +30,8 @@ class LoRALinear(nn.Module):
     `state_dict` has these names and always the weight without the adapter, merged or not.
 
     Raises:
-        ValueError: rank below 1, or dropout outside [0, 1).
+        ValueError: rank below 1, dropout outside [0, 1), alpha not finite, an adapter_dtype that
+            is neither W's nor float32, or an unknown impl.
     """
 
     def __init__(
@@ -63,8 +65,11 @@ class LoRALinear(nn.Module):
         """Wrap a linear: its parameters are shared, not copied, and frozen. Arguments as in the
         constructor.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear is {type(linear).__name__}; an nn.Linear is needed")
+        if type(linear) is not nn.Linear:
+            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            raise TypeError(f"linear is {kind}; a plain torch.nn.Linear is needed")
+        if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
+            raise ValueError("linear has hooks or a forward of its own, which would be lost")
         module = cls.__new__(cls)
         module._set_up(linear, rank, alpha, dropout, adapter_dtype, impl)
         return module.train(linear.training)
@@ -78,8 +83,14 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None,
         impl: str | Impl,
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank is {rank}; at least 1 is needed")
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank is {rank!r}; a whole number of at least 1 is needed")
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"alpha is {alpha}; a finite number is needed")
+        if adapter_dtype not in (None, torch.float32, linear.weight.dtype):
+            allowed = f"None, {linear.weight.dtype} or torch.float32"
+            raise ValueError(f"adapter_dtype is {adapter_dtype}; {allowed} is needed")
+        parse_impl(impl)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}; a probability in [0, 1) is needed")
         super().__init__()

@@ -111,7 +111,7 @@ def lora_linear_group(
     Returns:
         One output a linear, [..., out_j]. Raises as `lora_linear` does.
     """
-    dropouts = [dropout_p] * len(weights) if isinstance(dropout_p, (int, float)) else dropout_p
+    dropouts: Any = [dropout_p] * len(weights) if isinstance(dropout_p, Real) else dropout_p
     operands = _flatten(x, weights, biases, lora_a, lora_b, scaling, dropouts, seed)
     return _run(operands, impl)
 
@@ -208,6 +208,9 @@ def _check_x(x: Tensor) -> Tensor:
         raise TypeError(f"x is {type(x).__name__}; a tensor is needed")
     if x.ndim == 0:
         raise ValueError("x is a scalar; it needs at least one dimension, [..., in]")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else f"of layout {x.layout}"
+        raise TypeError(f"x is {kind}; a dense tensor is needed")
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; a floating dtype is needed")
     if (dtype := autocast_dtype(x)) is not None:
@@ -269,10 +272,13 @@ def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
     return _LoRALinear.apply(settings, x, operands.seed, *tensors)
 
 
-def _implementation(asked: str, x: Tensor) -> Any:
+def _implementation(asked: str, operands: _Operands) -> Any:
     """The module that serves a call; a compiled graph asks when it runs."""
-    device, dtype = x.device, x.dtype
-    reasons = {Impl.TRITON: triton_reasons(device, dtype), Impl.REFERENCE: []}
+    device = operands.x.device
+    triton = triton_reasons(device, operands.x.dtype)
+    if any(0 in w.shape for w in operands.weights):
+        triton.append("a linear has no input or no output features")
+    reasons = {Impl.TRITON: triton, Impl.REFERENCE: []}
     order = (Impl.TRITON, Impl.REFERENCE) if device.type == "cuda" else (Impl.REFERENCE,)
     if choose("lora_linear", Impl(asked), order, reasons) is Impl.TRITON:
         from peftfast_kernels import lora
@@ -286,9 +292,10 @@ def _forward(operands: _Operands, impl: str) -> tuple[list[Tensor], Tensor]:
     not kept.
     """
     with no_autocast(operands.x):
-        ys, t = _implementation(impl, operands.x).lora_linear_forward(*_as_matrices(operands))
+        ys, t = _implementation(impl, operands).lora_linear_forward(*_as_matrices(operands))
     leading = operands.x.shape[:-1]
-    return [y.view(*leading, y.shape[-1]) for y in ys], t
+    # Not views for autograd: an output may be changed in place, as F.linear's may.
+    return [torch.ops.aten._unsafe_view(y, (*leading, y.shape[-1])) for y in ys], t
 
 
 def _backward(
@@ -302,7 +309,7 @@ def _backward(
     flat = [None if dy is None else dy.reshape(rows, dy.shape[-1]) for dy in dys]
     need_x, *need = _split_needs(needs, len(operands.weights), len(operands.lora_a))
     with no_autocast(operands.x):
-        grads = _implementation(impl, operands.x).lora_linear_backward(
+        grads = _implementation(impl, operands).lora_linear_backward(
             flat, t, *matrices, need_x[0], *need
         )
     if need_x[0]:
@@ -337,6 +344,24 @@ def _saved_x(x: Tensor, needs: Sequence[bool], linears: int, adapters: int) -> T
     return x if any(need_weights) or any(need_a) else x.new_empty(()).expand(x.shape)
 
 
+def _linears_with_grad(needs: Sequence[bool], owners: Sequence[int], linears: int) -> set[int]:
+    """The linears whose output depends on an operand that asks for a gradient."""
+    (x,), weights, biases, lora_a, lora_b = _split_needs(needs, linears, len(owners))
+    own = {j for j in range(linears) if x or weights[j] or biases[j]}
+    return own | {j for j, a, b in zip(owners, lora_a, lora_b, strict=True) if a or b}
+
+
+def _reached(
+    needs: Sequence[bool], dys: Sequence[Tensor | None], owners: Sequence[int]
+) -> list[bool]:
+    """`needs` without the operands of linears whose output no gradient reaches: they get None."""
+    reached = [dy is not None for dy in dys]
+    linears = [*reached, *reached]
+    adapters = [reached[j] for j in owners]
+    live = [any(reached), *linears, *adapters, *adapters]
+    return [need and alive for need, alive in zip(needs, live, strict=True)]
+
+
 class _LoRALinear(torch.autograd.Function):
     """Eager autograd; the tensors among the operands follow the settings, flat."""
 
@@ -354,6 +379,8 @@ class _LoRALinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         kept = _saved_x(x, ctx.needs, linears, adapters)
         ctx.save_for_backward(kept, seed, t, *weights, *lora_a, *lora_b)
+        used = _linears_with_grad(ctx.needs, owners, linears)
+        ctx.mark_non_differentiable(*(y for j, y in enumerate(ys) if j not in used))
         return tuple(ys)
 
     @staticmethod
@@ -365,10 +392,11 @@ class _LoRALinear(torch.autograd.Function):
         operands = _Operands(
             x, weights, [None] * linears, lora_a, lora_b, owners, scaling, dropout_p, seed
         )
+        needs = _reached(ctx.needs, dys, owners)
         with torch.no_grad():
-            computed = _backward(dys, t, operands, ctx.needs, impl)
+            computed = _backward(dys, t, operands, needs, impl)
         grads = iter(first_order_only("lora_linear", computed))
-        x_grad, *others = (next(grads) if need else None for need in ctx.needs)
+        x_grad, *others = (next(grads) if need else None for need in needs)
         return (None, x_grad, None, *others)
 
 
@@ -439,12 +467,13 @@ def _library_autograd(ctx: Any, dys: Any, _: Any) -> Any:
     linears, adapters = len(ctx.has_bias), len(ctx.settings[0])
     x, seed, t, *tensors = ctx.saved_tensors
     weights, lora_a, lora_b = tensors[:linears], tensors[linears:-adapters], tensors[-adapters:]
+    needs = _reached(ctx.needs, dys, ctx.settings[0])
     grads = iter(
         torch.ops.peftfast.lora_linear_backward(
-            dys, t, x, weights, lora_a, lora_b, *ctx.settings, seed, ctx.needs, ctx.impl
+            dys, t, x, weights, lora_a, lora_b, *ctx.settings, seed, needs, ctx.impl
         )
     )
-    parts = _split_needs(ctx.needs, linears, adapters)
+    parts = _split_needs(needs, linears, adapters)
     (x_grad,), *lists = ([next(grads) if need else None for need in part] for part in parts)
     lists[1] = [grad for grad, has in zip(lists[1], ctx.has_bias, strict=True) if has]
     return (x_grad, *lists, *[None] * 6)

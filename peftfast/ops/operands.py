@@ -48,7 +48,9 @@ def as_list(value: OneOrMore, name: str) -> list[Tensor]:
 
 
 def factors(value: Factors, count: int, name: str) -> list[float]:
-    values = [value] * count if isinstance(value, Real) else list(value)  # type: ignore[arg-type]
+    if isinstance(value, (Tensor, str)) or not isinstance(value, (Real, Iterable)):
+        raise TypeError(f"{name} is {type(value).__name__}; a number or a list of them is needed")
+    values: list[Any] = [value] * count if isinstance(value, Real) else list(value)
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} adapters")
     for one in values:
@@ -70,7 +72,7 @@ def probabilities(value: Factors, count: int, name: str) -> list[float]:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast x to before a linear; None where it would leave it."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -81,6 +83,6 @@ def shape(value: Tensor) -> str:
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The casts are made already; autocast must not make others inside."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()

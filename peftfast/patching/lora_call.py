@@ -56,6 +56,8 @@ def read_call(module: Any, x: Tensor) -> LoraCall | str:
     """What `module` computes of x, or why that is not for `lora_linear` to compute."""
     if type(x) not in _PLAIN_TENSORS:
         return f"the input is a {type(x).__name__}"
+    if x.layout is not torch.strided or x.is_nested:
+        return "the input is not a dense tensor"
     call = read_parameters(module)
     return call if isinstance(call, str) else operand_reason(x, call) or call
 

@@ -125,8 +125,7 @@ def lora_linear_backward(
             grads_b[i] = torch.mm(wide_dy.t(), column).to(b.dtype)
         if not (need_a[i] or need_x):
             continue
-        g = torch.empty_like(column)
-        _scaled_mm(wide_dy, b.to(t.dtype), scaling[i] * keep_scale(dropout_p[i]), g)
+        g = _scaled_mm(wide_dy, b.to(t.dtype), scaling[i] * keep_scale(dropout_p[i]))
         mask = None
         if dropout_p[i] > 0:
             assert seed is not None
@@ -160,9 +159,10 @@ def bottleneck_dtype(lora_a: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _scaled_mm(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
-    """out = scale * left right, rounded once; out's former values don't count."""
-    torch.addmm(out, left, right, beta=0.0, alpha=scale, out=out)
+def _scaled_mm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale * left right, rounded once."""
+    nothing = left.new_zeros(())
+    return torch.addmm(nothing, left, right, beta=0.0, alpha=scale, out=out)
 
 
 def _frozen_dx(dys: Sequence[Tensor | None], x: Tensor, weights: Sequence[Tensor]) -> Tensor:

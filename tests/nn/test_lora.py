@@ -121,7 +121,14 @@ def test_trains() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rank": 0}, "rank is 0"), ({"rank": 2, "dropout": 1.0}, "dropout is 1.0")],
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 2.5}, "rank is 2.5"),
+        ({"rank": 2, "dropout": 1.0}, "dropout is 1.0"),
+        ({"rank": 2, "alpha": float("nan")}, "alpha is nan"),
+        ({"rank": 2, "adapter_dtype": torch.float16}, "adapter_dtype is torch.float16"),
+        ({"rank": 2, "impl": "fast"}, "impl is 'fast'"),
+    ],
 )
 def test_bad_arguments(options: dict, message: str) -> None:
     linear = nn.Linear(12, 8)
@@ -131,5 +138,12 @@ def test_bad_arguments(options: dict, message: str) -> None:
 
 
 def test_only_a_linear_is_wrapped() -> None:
-    with pytest.raises(TypeError, match="linear is Conv2d"):
+    with pytest.raises(TypeError, match="linear is torch.nn.modules.conv.Conv2d"):
         LoRALinear.from_linear(nn.Conv2d(1, 1, 1), 2)  # type: ignore[arg-type]
+
+
+def test_a_linear_with_hooks_is_refused() -> None:
+    linear = nn.Linear(12, 8)
+    linear.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="linear has hooks"):
+        LoRALinear.from_linear(linear, 2)

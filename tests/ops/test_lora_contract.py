@@ -57,7 +57,8 @@ BAD = [
     ("lora_b", torch.ones(OUT, RANK + 1), ValueError, r"lora_b is \[16, 5\]"),
     ("lora_b", torch.ones(RANK, OUT), ValueError, r"lora_b is \[4, 16\]"),
     ("scaling", float("nan"), ValueError, "scaling is nan"),
-    ("scaling", "1", TypeError, "scaling holds str"),
+    ("scaling", "1", TypeError, "scaling is str"),
+    ("scaling", torch.tensor(0.5), TypeError, "scaling is Tensor"),
     ("scaling", [1.0, 2.0], ValueError, "scaling has 2 entries for 1 adapters"),
     ("dropout_p", 1.5, ValueError, "dropout_p is 1.5"),
     ("dropout_p", -0.1, ValueError, "dropout_p is -0.1"),
@@ -247,15 +248,6 @@ def test_second_derivatives_raise() -> None:
         (grad.sum() + leaves[0].sum()).backward()
 
 
-def test_an_output_that_nobody_uses_gives_zero_gradients() -> None:
-    good = _good()
-    bs = [good["lora_b"].clone().requires_grad_() for _ in range(2)]
-    lists = [[good[n]] * 2 for n in ("weight", "bias", "lora_a")]
-    y, _ = lora_linear_group(good["x"], *lists, bs, [1.0, 1.0])
-    used, unused = torch.autograd.grad(y.sum(), bs)
-    assert used.abs().sum() > 0 and torch.equal(unused, torch.zeros_like(unused))
-
-
 def test_drawn_seeds_follow_torchs_generator() -> None:
     good = _good()
     torch.manual_seed(5)
@@ -361,3 +353,100 @@ def test_a_compiled_call_draws_a_new_mask_each_time() -> None:
     torch._dynamo.reset()
     run = torch.compile(lambda x: lora_linear(**(good | {"x": x}), dropout_p=0.5), fullgraph=True)
     assert not torch.equal(run(good["x"]), run(good["x"]))
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["bias", "lora_a", "lora_b", "weight", "seed"])
+@pytest.mark.parametrize("layout", ["strided", "expanded", "negated"])
+def test_operands_of_any_layout(impl: str, name: str, layout: str) -> None:
+    good = _good() | {"dropout_p": 0.3, "seed": torch.tensor([3, 4], device=DEVICE)}
+    for key in ("lora_a", "lora_b"):
+        good[key] = [good[key], good[key].clone()]
+    value = good[name][1] if name in ("lora_a", "lora_b") else good[name]
+    if layout == "strided":
+        odd = torch.stack([value, value + 9], dim=-1)[..., 0]
+    elif layout == "expanded":
+        odd = value[:1].expand(value.shape)
+    else:
+        odd = torch._neg_view(value)
+    plain = odd.clone().contiguous()
+    results = []
+    for one, how in ((odd, impl), (plain, "reference")):
+        operands = good | {name: [good[name][0], one] if isinstance(good[name], list) else one}
+        results.append(lora_linear(**operands, impl=how))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_negated_inputs_and_gradients(impl: str) -> None:
+    good = _good()
+    results = []
+    for x, how in ((torch._neg_view(good["x"]), impl), (-good["x"], "reference")):
+        leaf = x.detach().requires_grad_()
+        y = lora_linear(**(good | {"x": leaf}), impl=how)
+        dy = torch.ones_like(y)
+        dy = torch._neg_view(dy) if how == impl else -dy
+        results.append([y, *torch.autograd.grad(y, leaf, dy)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_output_may_be_changed_in_place(impl: str) -> None:
+    good = _good()
+    leaves = _leaves(good)
+    out_of_place = torch.autograd.grad(lora_linear(**good, impl=impl).relu().sum(), leaves)
+    in_place = torch.autograd.grad(lora_linear(**good, impl=impl).relu_().sum(), leaves)
+    for ours, theirs in zip(in_place, out_of_place, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_no_gradient_reaches_an_unused_sibling() -> None:
+    good = _good()
+    bs = [good["lora_b"].clone().requires_grad_() for _ in range(2)]
+    lists = [[good[n]] * 2 for n in ("weight", "bias", "lora_a")]
+    y, _ = lora_linear_group(good["x"], *lists, bs, [1.0, 1.0])
+    y.sum().backward()
+    assert bs[0].grad is not None and bs[1].grad is None
+
+
+def test_a_frozen_sibling_asks_for_no_gradient() -> None:
+    good = _good()
+    bs = [good["lora_b"].clone().requires_grad_(), good["lora_b"]]
+    lists = [[good[n]] * 2 for n in ("weight", "bias", "lora_a")]
+    trained, frozen = lora_linear_group(good["x"], *lists, bs, [1.0, 1.0])
+    assert trained.requires_grad and not frozen.requires_grad
+
+
+def test_batched_gradients() -> None:
+    good = _good()
+    leaves = _leaves(good)
+    y = lora_linear(**good, dropout_p=0.2)
+    dys = torch.randn(3, *y.shape, device=DEVICE)
+    batched = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+    for k in range(3):
+        single = torch.autograd.grad(y, leaves, dys[k], retain_graph=True)
+        for ours, theirs in zip(batched, single, strict=True):
+            torch.testing.assert_close(ours[k], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_layouts_that_are_not_dense_are_named() -> None:
+    good = _good()
+    with pytest.raises(TypeError, match="x is of layout torch.sparse_coo"):
+        lora_linear(**(good | {"x": torch.eye(IN, device=DEVICE).to_sparse()}))
+    parts = [torch.randn(2, IN, device=DEVICE), torch.randn(3, IN, device=DEVICE)]
+    with pytest.raises(TypeError, match="x is nested"):
+        lora_linear(**(good | {"x": torch.nested.nested_tensor(parts)}))
+
+
+def test_no_features_at_all() -> None:
+    empty = {"x": torch.randn(3, 0), "weight": torch.randn(4, 0), "lora_a": torch.randn(2, 0)}
+    operands = {**empty, "bias": None, "lora_b": torch.randn(4, 2), "scaling": 1.0}
+    assert torch.equal(lora_linear(**operands), torch.zeros(3, 4))
+    with pytest.raises(ImplUnavailable):
+        lora_linear(**operands, impl="triton")
+
+
+def test_meta_tensors() -> None:
+    good = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in _good().items()}
+    assert lora_linear(**good).shape == (2, 5, OUT)

@@ -369,3 +369,14 @@ def test_generation_with_a_prompt_cache_has_no_delegations() -> None:
     ids = torch.randint(3, VOCAB, (2, 5))
     model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
     assert not reasons(model)
+
+
+@pytest.mark.parametrize("layout", ["sparse", "nested"])
+def test_inputs_that_are_not_dense(layout: str) -> None:
+    module, peft = pair()
+    eye = torch.eye(4, module.in_features)
+    x = eye.to_sparse() if layout == "sparse" else torch.nested.nested_tensor([eye, eye[:2]])
+    got, expected = module(x), peft(x)
+    for ours, theirs in zip(got.unbind(), expected.unbind(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert reasons(module) == {"the input is not a dense tensor": 1}
