@@ -138,7 +138,7 @@ def lora_linear_backward(
         if mask is None:
             dx.addmm_(g.to(dx.dtype), a.to(dx.dtype))
         else:
-            dx.add_(torch.where(mask, torch.mm(g.to(dx.dtype), a.to(dx.dtype)), 0.0))
+            dx.add_(torch.mm(g.to(dx.dtype), a.to(dx.dtype)).mul_(mask))
     grads = [dx] if dx is not None else []
     for j, (dy, w) in enumerate(zip(dys, weights, strict=True)):
         if need_weights[j]:
