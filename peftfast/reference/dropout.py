@@ -12,6 +12,8 @@ rounds are the fewest that pass BigCrush there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ _LEVELS = 1 << 16
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _MASK32 = 0xFFFFFFFF
-_CHUNK = 1 << 14  # counters a pass: the int64 buffers stay in a core's cache, and in one thread
+_CHUNK = 1 << 15  # counters a pass: the int64 buffers stay in a core's cache, and in one thread
 _BLOCK = 1 << 17  # counters a comparison, which runs on all threads
 
 
@@ -37,27 +39,34 @@ def keep_scale(p: float) -> float:
     return _LEVELS / kept if kept else 0.0
 
 
-def philox(seed: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox4x32-7 of 64-bit counters under one 64-bit key.
+def key_schedule(seed: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The two 32-bit keys of each round, for a zero-dimensional int64 seed."""
+    keys = [(seed & _MASK32, (seed >> 32) & _MASK32)]
+    for _ in range(ROUNDS - 1):
+        k0, k1 = keys[-1]
+        keys.append(((k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32))
+    return keys
+
+
+def philox(keys: Sequence[tuple[Tensor, Tensor]], counters: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32-7 of 64-bit counters under one key.
 
     Args:
-        seed: int64, zero-dimensional: the key.
+        keys: as `key_schedule` gives them.
         counters: int64 [n].
 
     Returns:
         int64 [n] twice: words 0 and 1, and words 2 and 3, the first of each in the low half.
     """
-    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    c0, c1 = counters & _MASK32, (counters >> 32) & _MASK32
+    c0, c1 = counters & _MASK32, counters >> 32
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    for _ in range(ROUNDS):
+    for k0, k1 in keys:
         # 32 x 32 -> 64-bit products; int64 wraps around, and only the bits count. Words c1 and c3
         # keep rubbish above bit 31: they are only ever added by xor, under the mask that follows.
         p0, p1 = c0.mul_(_MULTIPLIER_0), c2.mul_(_MULTIPLIER_1)
         c0 = c1.bitwise_xor_(p1 >> 32).bitwise_xor_(k0).bitwise_and_(_MASK32)
         c2 = c3.bitwise_xor_(p0 >> 32).bitwise_xor_(k1).bitwise_and_(_MASK32)
         c1, c3 = p1, p0
-        k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
     # Two words an int64, the first in the low half: in memory the four lie in order.
     return c1.bitwise_left_shift_(32).bitwise_or_(c0), c3.bitwise_left_shift_(32).bitwise_or_(c2)
 
@@ -73,7 +82,7 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     Returns:
         bool [rows, cols], true where the element is kept.
     """
-    seed = seed.reshape(())
+    keys = key_schedule(seed.reshape(()))
     groups = -(-cols // 8)
     limit = threshold(p) - _LEVELS // 2
     if limit == _LEVELS // 2:  # no 16-bit number reaches it, and torch would wrap it around
@@ -86,6 +95,6 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
         for start in range(0, size, _CHUNK):
             stop = min(start + _CHUNK, size)
             counters = torch.arange(block + start, block + stop, device=seed.device)
-            words[start:stop, 0], words[start:stop, 1] = philox(seed, counters)
+            words[start:stop, 0], words[start:stop, 1] = philox(keys, counters)
         torch.ge(words[:size].view(torch.int16), limit, out=keep[block : block + size])
     return keep.view(rows, groups * 8)[:, :cols]

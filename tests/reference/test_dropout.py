@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftfast.reference.dropout import keep_mask, keep_scale, philox, threshold
+from peftfast.reference.dropout import keep_mask, keep_scale, key_schedule, philox, threshold
 
 
 def _words(seed: int, counter: int) -> list[int]:
-    pairs = philox(torch.tensor(seed), torch.tensor([counter]))
+    pairs = philox(key_schedule(torch.tensor(seed)), torch.tensor([counter]))
     return [int(pair) >> shift & 0xFFFFFFFF for pair in pairs for shift in (0, 32)]
 
 
