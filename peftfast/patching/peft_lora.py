@@ -39,7 +39,7 @@ class FusedLoraLinear(lora.Linear):
             reason = "called with arguments besides the input"
         elif not compiling:
             reason = transform_reason()
-        elif torch.compiler.is_exporting():
+        elif not torch.compiler.is_dynamo_compiling():  # is_exporting() is wrong in torch 2.11
             reason = "inside torch.export"
         call = read_call(self, x) if reason is None else reason
         if isinstance(call, str):
