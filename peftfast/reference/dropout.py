@@ -98,3 +98,8 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
             words[start:stop, 0], words[start:stop, 1] = philox(keys, counters)
         torch.ge(words[:size].view(torch.int16), limit, out=keep[block : block + size])
     return keep.view(rows, groups * 8)[:, :cols]
+
+
+def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x [M, K] with the dropped elements set to zero, not scaled; a new tensor."""
+    return torch.where(keep_mask(seed, x.shape[0], x.shape[1], p), x, 0.0)

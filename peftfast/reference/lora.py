@@ -14,18 +14,21 @@ and, with g_i = scaling_i / keep_i * dy_j B_i,
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), section 4.1; dropout
 on the adapter's input as in its released code. Adapters may be float32 over a 16-bit base: A, B,
 t and g keep their precision, and only the product that joins the base's GEMM is rounded to the
-base's dtype.
+base's dtype. A base may compute in a dtype C of its own, as 4-bit layers do (QLoRA, equation 5):
+x and dy are rounded to C for its product, and read as they are for the adapters'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfast.reference.dropout import keep_mask, keep_scale
+from peftfast.reference.dropout import drop, keep_mask, keep_scale
+
+Drop = Callable[[Tensor, Tensor, float], Tensor]  # x [M, K], seed, p: x where it is kept, else 0
 
 
 def lora_linear(
@@ -70,24 +73,41 @@ def lora_linear_forward(
     scaling: Sequence[float],
     dropout_p: Sequence[float],
     seed: Tensor | None,
+    *,
+    compute_dtypes: Sequence[torch.dtype | None] | None = None,
+    base_ys: Sequence[Tensor] | None = None,
+    gemm_dtype: torch.dtype | None = None,
+    drop: Drop = drop,
 ) -> tuple[list[Tensor], Tensor]:
     """Outputs y_j [M, N_j] and the scaled bottlenecks t [M, sum r_i], adapters side by side; x is
     [M, K].
+
+    Args:
+        weights: may be lazy: weights[j] is read once, used up, and not held.
+        compute_dtypes: dtype of linear j's own product, to which x and b are rounded; None: x's.
+        base_ys: x W_j^T + b_j, [M, N_j] in x's dtype, where that is computed already: weights are
+            not read then, and the adapters' part may be added in place.
+        gemm_dtype: a wider dtype for products of narrower operands, which are exact in it.
+        drop: the masked copy of x, as `peftfast.reference.dropout.drop`.
     """
     t = x.new_empty((x.shape[0], sum(a.shape[0] for a in lora_a)), dtype=bottleneck_dtype(lora_a))
     columns = t.split([a.shape[0] for a in lora_a], dim=1)
-    shared_x = x.to(t.dtype)
+    wide = _wider(t.dtype, gemm_dtype)
+    shared_x = x.to(wide)
     for i, (a, column) in enumerate(zip(lora_a, columns, strict=True)):
         inputs = shared_x
         if dropout_p[i] > 0:
             assert seed is not None
-            mask = keep_mask(seed[i], x.shape[0], x.shape[1], dropout_p[i])
-            inputs = torch.where(mask, shared_x, 0.0)
-        _scaled_mm(inputs, a.to(t.dtype).t(), scaling[i] * keep_scale(dropout_p[i]), column)
-    ys = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+            inputs = drop(shared_x, seed[i], dropout_p[i])
+        _scaled_mm(inputs, a.to(wide).t(), scaling[i] * keep_scale(dropout_p[i]), column)
+    if base_ys is None:
+        ys = _base_linears(x, weights, biases, compute_dtypes)
+    else:
+        ys = [y.to(_wider(y.dtype, gemm_dtype)) for y in base_ys]
     for owner, column, b in zip(owners, columns, lora_b, strict=True):
-        ys[owner].addmm_(column.to(x.dtype), b.to(x.dtype).t())
-    return ys, t
+        y = ys[owner]
+        y.addmm_(column.to(y.dtype), b.to(y.dtype).t())
+    return [y.to(x.dtype) for y in ys], t
 
 
 def lora_linear_backward(
@@ -107,45 +127,49 @@ def lora_linear_backward(
     need_biases: Sequence[bool],
     need_a: Sequence[bool],
     need_b: Sequence[bool],
+    *,
+    compute_dtypes: Sequence[torch.dtype | None] | None = None,
+    gemm_dtype: torch.dtype | None = None,
+    drop: Drop = drop,
 ) -> list[Tensor]:
     """The gradients asked for, in the order x, weights, biases, lora_a, lora_b; dys are [M, N_j],
-    None for zero.
+    None for zero. The other arguments are the forward's.
     """
     ranks = [a.shape[0] for a in lora_a]
-    dx = _frozen_dx(dys, x, weights) if need_x else None
+    wide = _wider(t.dtype, gemm_dtype)
+    dx = _frozen_dx(dys, x, weights, compute_dtypes) if need_x else None
+    wide_x = x.to(wide) if any(need_a) else None
+    wide_dys = {j: dy.to(wide) for j in set(owners) if (dy := dys[j]) is not None}
     grads_a: dict[int, Tensor] = {}
     grads_b: dict[int, Tensor] = {}
     for i, column in enumerate(t.split(ranks, dim=1)):
-        dy, a, b = dys[owners[i]], lora_a[i], lora_b[i]
+        dy, a, b, p = wide_dys.get(owners[i]), lora_a[i], lora_b[i], dropout_p[i]
         if dy is None:
             grads_a[i], grads_b[i] = torch.zeros_like(a), torch.zeros_like(b)
             continue
-        wide_dy = dy.to(t.dtype)
         if need_b[i]:
-            grads_b[i] = torch.mm(wide_dy.t(), column).to(b.dtype)
+            grads_b[i] = torch.mm(dy.t(), column.to(wide)).to(b.dtype)
         if not (need_a[i] or need_x):
             continue
-        g = _scaled_mm(wide_dy, b.to(t.dtype), scaling[i] * keep_scale(dropout_p[i]))
-        mask = None
-        if dropout_p[i] > 0:
-            assert seed is not None
-            mask = keep_mask(seed[i], x.shape[0], x.shape[1], dropout_p[i])
+        assert p == 0 or seed is not None
+        g = _scaled_mm(dy, b.to(wide), scaling[i] * keep_scale(p))
         if need_a[i]:
-            inputs = x.to(t.dtype) if mask is None else torch.where(mask, x.to(t.dtype), 0.0)
+            assert wide_x is not None
+            inputs = drop(wide_x, seed[i], p) if p > 0 and seed is not None else wide_x
             grads_a[i] = torch.mm(g.t(), inputs).to(a.dtype)
         if dx is None:
             continue
-        if mask is None:
-            dx.addmm_(g.to(dx.dtype), a.to(dx.dtype))
+        if p > 0 and seed is not None:
+            dx.add_(drop(torch.mm(g.to(dx.dtype), a.to(dx.dtype)), seed[i], p))
         else:
-            dx.add_(torch.mm(g.to(dx.dtype), a.to(dx.dtype)).mul_(mask))
-    grads = [dx] if dx is not None else []
-    for j, (dy, w) in enumerate(zip(dys, weights, strict=True)):
+            dx.addmm_(g.to(dx.dtype), a.to(dx.dtype))
+    grads = [dx.to(x.dtype)] if dx is not None else []
+    for j, dy in enumerate(dys):
         if need_weights[j]:
-            grads.append(torch.zeros_like(w) if dy is None else torch.mm(dy.t(), x))
-    for j, (dy, w) in enumerate(zip(dys, weights, strict=True)):
+            grads.append(torch.zeros_like(weights[j]) if dy is None else torch.mm(dy.t(), x))
+    for j, dy in enumerate(dys):
         if need_biases[j]:
-            grads.append(w.new_zeros(w.shape[0]) if dy is None else dy.sum(0))
+            grads.append(x.new_zeros(weights[j].shape[0]) if dy is None else dy.sum(0))
     grads.extend(grads_a[i] for i in range(len(ranks)) if need_a[i])
     grads.extend(grads_b[i] for i in range(len(ranks)) if need_b[i])
     return grads
@@ -159,17 +183,61 @@ def bottleneck_dtype(lora_a: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
+def _wider(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    return dtype if other is None else torch.promote_types(dtype, other)
+
+
 def _scaled_mm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """scale * left right, rounded once."""
     nothing = left.new_zeros(())
+    if out is not None and out.dtype != left.dtype:
+        return out.copy_(torch.addmm(nothing, left, right, beta=0.0, alpha=scale))
     return torch.addmm(nothing, left, right, beta=0.0, alpha=scale, out=out)
 
 
-def _frozen_dx(dys: Sequence[Tensor | None], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """sum_j dy_j W_j, [M, K]."""
+def _base_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    compute_dtypes: Sequence[torch.dtype | None] | None,
+) -> list[Tensor]:
+    """x W_j^T + b_j, in the widest of x's dtype and the weight's; x and b are rounded to linear
+    j's compute dtype first.
+    """
+    ys = []
+    for j, bias in enumerate(biases):
+        w = weights[j]
+        compute = _compute_dtype(x, compute_dtypes, j)
+        b = None if bias is None else bias.to(compute).to(w.dtype)
+        y = F.linear(x.to(compute).to(w.dtype), w, b)
+        ys.append(y.to(torch.promote_types(y.dtype, x.dtype)))
+    return ys
+
+
+def _compute_dtype(
+    x: Tensor, compute_dtypes: Sequence[torch.dtype | None] | None, j: int
+) -> torch.dtype:
+    return (compute_dtypes[j] if compute_dtypes is not None else None) or x.dtype
+
+
+def _frozen_dx(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    compute_dtypes: Sequence[torch.dtype | None] | None,
+) -> Tensor:
+    """sum_j dy_j W_j, [M, K], in the widest of x's dtype and the weights'."""
     dx: Tensor | None = None
-    for dy, w in zip(dys, weights, strict=True):
+    for j, dy in enumerate(dys):
         if dy is None:
             continue
-        dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+        w = weights[j]
+        rounded = dy.to(_compute_dtype(x, compute_dtypes, j)).to(w.dtype)
+        if dx is None:
+            dx = torch.mm(rounded, w)
+            dx = dx.to(torch.promote_types(dx.dtype, x.dtype))
+        elif dx.dtype == w.dtype:
+            dx.addmm_(rounded, w)
+        else:
+            dx = dx + torch.mm(rounded, w)
     return torch.zeros_like(x) if dx is None else dx
