@@ -26,6 +26,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 
 

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-KERNEL_MODULES: tuple[str, ...] = ("peftfast_kernels.lora",)
+KERNEL_MODULES: tuple[str, ...] = ("peftfast_kernels.lora", "peftfast_kernels.nf4")

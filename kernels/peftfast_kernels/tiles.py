@@ -151,6 +151,15 @@ def depth_splits(depth: int, programs: int, block_k: int, sms: int) -> tuple[int
     return span, -(-depth // span)
 
 
+def dequantize_tile() -> Tile:
+    """Tile of the pass over a 4-bit weight: block_m words of eight elements.
+
+    512 words are the longest block, so that no block is cut; a thread has four of them, which
+    makes eight programs' loads in flight an SM cover the memory's latency in 32 registers.
+    """
+    return Tile(512, 0, 0, 4, 1)
+
+
 def join_dy_passes(rank: int, block_n: int, itemsize: int) -> bool:
     """Whether one pass over dy gives both g and dB.
 

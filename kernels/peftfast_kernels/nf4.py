@@ -1,0 +1,33 @@
+"""4-bit weights (NF4 and FP4) on a GPU: the functions that `peftfast.ops.nf4` calls, and the
+variants that are compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from peftfast_kernels.launch import recording
+from peftfast_kernels.nf4_dequantize import dequantize
+from peftfast_kernels.variant import Variant
+
+__all__ = ["dequantize"]
+
+
+def aot_variants(arch: int) -> Iterator[Variant]:
+    """Every kernel over nested NF4 in blocks of 64, as bitsandbytes' users have it."""
+    n, blocks = 4096 * 4096, 4096 * 64
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    packed = empty(n // 2, dtype=torch.uint8)
+    codes = empty(blocks, dtype=torch.uint8)
+    nested = (codes, empty(blocks // 256), empty(256), empty())
+    plain = (empty(blocks), None, None, None)
+    with recording(arch) as launches:
+        for scales in (nested, plain):
+            dequantize(packed, *scales, 64, "nf4", torch.bfloat16, empty(n, dtype=torch.bfloat16))
+    for launch in launches:
+        yield launch.variant("bf16")
