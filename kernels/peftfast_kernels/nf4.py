@@ -7,27 +7,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from peftfast_kernels.launch import recording
 from peftfast_kernels.nf4_dequantize import dequantize
+from peftfast_kernels.nf4_quantize import quantize_absmax, quantize_blocks
 from peftfast_kernels.variant import Variant
 
-__all__ = ["dequantize"]
+__all__ = ["dequantize", "quantize_absmax", "quantize_blocks"]
+
+Scales = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def aot_variants(arch: int) -> Iterator[Variant]:
-    """Every kernel over nested NF4 in blocks of 64, as bitsandbytes' users have it."""
-    n, blocks = 4096 * 4096, 4096 * 64
+    """Every kernel over NF4 in blocks of 64, as bitsandbytes' users have it."""
+    bf16, n, blocks = torch.bfloat16, 4096 * 4096, 4096 * 64
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     packed = empty(n // 2, dtype=torch.uint8)
     codes = empty(blocks, dtype=torch.uint8)
-    nested = (codes, empty(blocks // 256), empty(256), empty())
-    plain = (empty(blocks), None, None, None)
+    nested: Scales = (codes, empty(blocks // 256), empty(256), empty())
+    plain: Scales = (empty(blocks), None, None, None)
     with recording(arch) as launches:
+        quantize_blocks(empty(4096, 4096, dtype=bf16), 64, "nf4")
+        quantize_absmax(empty(blocks), empty(256))
         for scales in (nested, plain):
-            dequantize(packed, *scales, 64, "nf4", torch.bfloat16, empty(n, dtype=torch.bfloat16))
+            dequantize(packed, *scales, 64, "nf4", bf16, empty(n, dtype=bf16))
     for launch in launches:
         yield launch.variant("bf16")

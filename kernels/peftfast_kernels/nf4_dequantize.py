@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftfast_kernels import tiles
+from peftfast_kernels import device, tiles
 from peftfast_kernels.lane import triton_dtype
 from peftfast_kernels.launch import launch
 from peftfast_kernels.nf4_values import (
@@ -99,23 +99,24 @@ def dequantize(
         return
     tile = tiles.dequantize_tile()
     words = tile.block_m
-    launch(
-        _nf4_dequantize_kernel,
-        (triton.cdiv(n, words * ELEMENTS),),
-        packed,
-        absmax,
-        nested_absmax,
-        nested_code,
-        offset,
-        out,
-        n,
-        (block_size // ELEMENTS).bit_length() - 1,
-        mma="none",
-        NF4=quant_type == "nf4",
-        NESTED=nested_absmax is not None,
-        VALUE=triton_dtype(dtype),
-        EVEN_N=n % ELEMENTS == 0,
-        BLOCK=words,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    with device.current(out):
+        launch(
+            _nf4_dequantize_kernel,
+            (triton.cdiv(n, words * ELEMENTS),),
+            packed,
+            absmax,
+            nested_absmax,
+            nested_code,
+            offset,
+            out,
+            n,
+            (block_size // ELEMENTS).bit_length() - 1,
+            mma="none",
+            NF4=quant_type == "nf4",
+            NESTED=nested_absmax is not None,
+            VALUE=triton_dtype(dtype),
+            EVEN_N=n % ELEMENTS == 0,
+            BLOCK=words,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )

@@ -160,6 +160,11 @@ def dequantize_tile() -> Tile:
     return Tile(512, 0, 0, 4, 1)
 
 
+def quantize_tile(block_size: int) -> Tile:
+    """Tile of the pass that quantises: block_m blocks of block_n elements, 4096 in all."""
+    return Tile(4096 // block_size, block_size, 0, 4, 1)
+
+
 def join_dy_passes(rank: int, block_n: int, itemsize: int) -> bool:
     """Whether one pass over dy gives both g and dB.
 
