@@ -58,6 +58,26 @@ PF_EXPORT int pf_cpu_nf4_dequantize(
     const float* offset, int64_t n, int block_size, int quant_type, int value_dtype, int out_dtype,
     void* out, int threads);
 
+// Fill out [m, n_out] with x [m, k] W^T + bias, W [n_out, k] being the weight, rounded to dtype
+// (PF_FLOAT32, PF_FLOAT16, PF_BFLOAT16), that of x, bias (may be null) and out; all contiguous. Sums
+// are in float and rounded once.
+PF_EXPORT int pf_cpu_nf4_gemv(
+    const void* x, const uint8_t* packed, const void* absmax, const float* nested_absmax,
+    const float* nested_code, const float* offset, int64_t m, int64_t n_out, int64_t k,
+    int block_size, int quant_type, int dtype, const void* bias, void* out, int threads);
+
+// packed [ceil(n / 2)] and absmax [ceil(n / block_size)] of w [n], by the rules of bitsandbytes on a
+// CPU. The half byte after an odd n holds the index of zero.
+PF_EXPORT int pf_cpu_nf4_quantize(
+    const void* w, int dtype, int64_t n, int block_size, int quant_type, uint8_t* packed,
+    float* absmax, int threads);
+
+// codes [blocks] and nested_absmax [ceil(blocks / 256)] of statistics from which the offset has been
+// taken off, by the rules of bitsandbytes on a CPU. nested_code [256] ascends.
+PF_EXPORT int pf_cpu_nf4_quantize_absmax(
+    const float* values, const float* nested_code, int64_t blocks, uint8_t* codes,
+    float* nested_absmax, int threads);
+
 // Philox4x32-7 dropout, as peftfast/reference/dropout.py defines it: element (row, col) is kept where
 // its 16 bits, read as a signed number, are >= limit (-32768: all are kept; 32768: none).
 

@@ -9,6 +9,7 @@
 PF_TARGET_BEGIN("avx2,fma,f16c")
 
 #include "kernels.h"
+#include "quantize.h"
 
 namespace pf {
 namespace {
@@ -156,6 +157,113 @@ void dequantize(const Dequantize& d, int64_t first, int64_t last) {
     }
 }
 
+void to_floats(int dtype, const void* in, int64_t count, float* out) {
+    if (dtype == PF_FLOAT32) {
+        memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
+        return;
+    }
+    const uint16_t* narrow = static_cast<const uint16_t*>(in);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow + i));
+        const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+        const __m256 value =
+            dtype == PF_FLOAT16 ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(wide);
+        _mm256_storeu_ps(out + i, value);
+    }
+    for (; i < count; ++i) out[i] = load_float(dtype, in, i);
+}
+
+void quantize(const Quantize& q, int64_t first, int64_t last) {
+    quantize_blocks(q, first, last, to_floats);
+}
+
+inline float sum_of(__m256 lanes) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+
+// Rows m .. m + M of x against row n of W. Blocks may begin and end anywhere in the row.
+template <int dtype, int M>
+void gemv_row(const Gemv& g, int64_t m, int64_t n) {
+    const Weight& w = g.weight;
+    const int64_t block_bytes = w.block_size / 2;
+    const __m256 low = _mm256_load_ps(kTables[w.quant_type]);
+    const __m256 high = _mm256_load_ps(kTables[w.quant_type] + 8);
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const RowBytes row = row_bytes(g, n);
+    const float* x_even = g.even[row.shifted] + m * g.stride;
+    const float* x_odd = g.odd[row.shifted] + m * g.stride;
+    __m256 even_sums[M], odd_sums[M];
+    for (int r = 0; r < M; ++r) even_sums[r] = odd_sums[r] = _mm256_setzero_ps();
+    int64_t block = row.first_byte / block_bytes;
+    for (int64_t i = 0; i < row.count; ++block) {
+        const int64_t block_end = (block + 1) * block_bytes - row.first_byte;
+        const int64_t end = row.count < block_end ? row.count : block_end;
+        const __m256 absmax = _mm256_set1_ps(block_absmax(w, block));
+        const __m256 table_low = round_to<dtype>(_mm256_mul_ps(low, absmax));
+        const __m256 table_high = round_to<dtype>(_mm256_mul_ps(high, absmax));
+        for (; i + 8 <= end; i += 8) {
+            const __m128i bytes =
+                _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row.begin + i));
+            const __m256i index = _mm256_cvtepu8_epi32(bytes);
+            const __m256 even = look_up(table_low, table_high, _mm256_srli_epi32(index, 4));
+            const __m256 odd = look_up(table_low, table_high, index);
+            for (int r = 0; r < M; ++r) {
+                const int64_t at = r * g.stride + i;
+                even_sums[r] = _mm256_fmadd_ps(even, _mm256_loadu_ps(x_even + at), even_sums[r]);
+                odd_sums[r] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(x_odd + at), odd_sums[r]);
+            }
+        }
+        if (i < end) {
+            const int rest = static_cast<int>(end - i);
+            uint64_t bytes = 0;
+            memcpy(&bytes, row.begin + i, static_cast<size_t>(rest));
+            const __m256i index =
+                _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+            const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(rest), lanes);
+            const __m256 even = look_up(table_low, table_high, _mm256_srli_epi32(index, 4));
+            const __m256 odd = look_up(table_low, table_high, index);
+            for (int r = 0; r < M; ++r) {
+                const int64_t at = r * g.stride + i;
+                const __m256 x_e = _mm256_maskload_ps(x_even + at, inside);
+                const __m256 x_o = _mm256_maskload_ps(x_odd + at, inside);
+                even_sums[r] = _mm256_fmadd_ps(even, x_e, even_sums[r]);
+                odd_sums[r] = _mm256_fmadd_ps(odd, x_o, odd_sums[r]);
+            }
+            i = end;
+        }
+    }
+    for (int r = 0; r < M; ++r) {
+        finish(g, m + r, n, sum_of(_mm256_add_ps(even_sums[r], odd_sums[r])));
+    }
+}
+
+constexpr int64_t kMostRows = 4;
+
+template <int dtype>
+void gemv_rows(const Gemv& g, int64_t first, int64_t last) {
+    using Row = void (*)(const Gemv&, int64_t, int64_t);
+    const Row of[] = {
+        gemv_row<dtype, 1>, gemv_row<dtype, 2>, gemv_row<dtype, 3>, gemv_row<dtype, 4>,
+    };
+    for (int64_t m = 0; m < g.m; m += kMostRows) {
+        const int64_t rows = g.m - m < kMostRows ? g.m - m : kMostRows;
+        for (int64_t n = first; n < last; ++n) of[rows - 1](g, m, n);
+    }
+}
+
+void gemv(const Gemv& g, int64_t first, int64_t last) {
+    if (g.dtype == PF_BFLOAT16) {
+        gemv_rows<PF_BFLOAT16>(g, first, last);
+    } else if (g.dtype == PF_FLOAT16) {
+        gemv_rows<PF_FLOAT16>(g, first, last);
+    } else {
+        gemv_rows<PF_FLOAT32>(g, first, last);
+    }
+}
+
 // Philox for eight counters, in two vectors of 64-bit lanes; `masks` get the 64 elements in order,
 // all ones where 16 bits are below the limit: dropped.
 inline void dropped_64(uint64_t seed, uint64_t counter, __m256i limit, __m256i masks[4]) {
@@ -300,7 +408,7 @@ bool supported() {
 }  // namespace
 
 const Kernels avx2_kernels = {
-    "avx2", supported, dequantize, dropout_mask, dropout_apply,
+    "avx2", supported, dequantize, gemv, quantize, to_floats, dropout_mask, dropout_apply,
 };
 
 }  // namespace pf

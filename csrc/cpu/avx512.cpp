@@ -9,11 +9,16 @@
 PF_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 #include "kernels.h"
+#include "quantize.h"
 
 namespace pf {
 namespace {
 
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+inline __mmask16 first_lanes(int64_t count) {
+    return static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1);
+}
 
 // Sixteen floats, rounded to bfloat16, in the low halves of 32-bit lanes.
 inline __m512i bfloat16_bits(__m512 value) {
@@ -123,6 +128,146 @@ void dequantize(const Dequantize& d, int64_t first, int64_t last) {
         (wide ? dequantize_wide<PF_BFLOAT16> : dequantize_narrow<PF_BFLOAT16>)(d, first, last);
     } else {
         (wide ? dequantize_wide<PF_FLOAT16> : dequantize_narrow<PF_FLOAT16>)(d, first, last);
+    }
+}
+
+void to_floats(int dtype, const void* in, int64_t count, float* out) {
+    if (dtype == PF_FLOAT32) {
+        memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
+        return;
+    }
+    const uint16_t* narrow = static_cast<const uint16_t*>(in);
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 inside = first_lanes(count - i);
+        const __m256i bits = _mm256_maskz_loadu_epi16(inside, narrow + i);
+        const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+        const __m512 value =
+            dtype == PF_FLOAT16 ? _mm512_cvtph_ps(bits) : _mm512_castsi512_ps(wide);
+        _mm512_mask_storeu_ps(out + i, inside, value);
+    }
+}
+
+void quantize(const Quantize& q, int64_t first, int64_t last) {
+    quantize_blocks(q, first, last, to_floats);
+}
+
+// Rows m .. m + M of x against row n of W. Blocks may begin and end anywhere in the row.
+template <int dtype, int M>
+void gemv_row(const Gemv& g, int64_t m, int64_t n) {
+    const Weight& w = g.weight;
+    const int64_t block_bytes = w.block_size / 2;
+    const __m512 values = _mm512_load_ps(kTables[w.quant_type]);
+    const RowBytes row = row_bytes(g, n);
+    const float* x_even = g.even[row.shifted] + m * g.stride;
+    const float* x_odd = g.odd[row.shifted] + m * g.stride;
+    __m512 even_sums[M], odd_sums[M];
+    for (int r = 0; r < M; ++r) even_sums[r] = odd_sums[r] = _mm512_setzero_ps();
+    int64_t block = row.first_byte / block_bytes;
+    for (int64_t i = 0; i < row.count; ++block) {
+        const int64_t block_end = (block + 1) * block_bytes - row.first_byte;
+        const int64_t end = row.count < block_end ? row.count : block_end;
+        const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(block_absmax(w, block)));
+        const __m512 table = round_to<dtype>(scaled);
+        for (; i < end; i += 16) {
+            const __mmask16 inside = first_lanes(end - i);
+            const __m128i bytes = _mm_maskz_loadu_epi8(inside, row.begin + i);
+            const __m512i index = _mm512_cvtepu8_epi32(bytes);
+            const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table);
+            const __m512 odd = _mm512_permutexvar_ps(index, table);
+            for (int r = 0; r < M; ++r) {
+                const int64_t at = r * g.stride + i;
+                const __m512 x_e = _mm512_maskz_loadu_ps(inside, x_even + at);
+                const __m512 x_o = _mm512_maskz_loadu_ps(inside, x_odd + at);
+                even_sums[r] = _mm512_fmadd_ps(even, x_e, even_sums[r]);
+                odd_sums[r] = _mm512_fmadd_ps(odd, x_o, odd_sums[r]);
+            }
+        }
+        i = end;
+    }
+    for (int r = 0; r < M; ++r) {
+        finish(g, m + r, n, _mm512_reduce_add_ps(_mm512_add_ps(even_sums[r], odd_sums[r])));
+    }
+}
+
+// The same for rows n .. n + N of W that begin with blocks, so that there is nothing to mask. The
+// order of the sums is the same.
+template <int dtype, int M, int N>
+void gemv_aligned(const Gemv& g, int64_t m, int64_t n) {
+    const Weight& w = g.weight;
+    const int64_t block_bytes = w.block_size / 2, row_bytes = g.k / 2;
+    const int64_t blocks = g.k / w.block_size;
+    const __m512 values = _mm512_load_ps(kTables[w.quant_type]);
+    const uint8_t* packed = w.packed + n * row_bytes;
+    const float* x_even = g.even[0] + m * g.stride;
+    const float* x_odd = g.odd[0] + m * g.stride;
+    __m512 even_sums[M][N], odd_sums[M][N];
+    for (int r = 0; r < M; ++r) {
+        for (int c = 0; c < N; ++c) even_sums[r][c] = odd_sums[r][c] = _mm512_setzero_ps();
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+        __m512 table[N];
+        for (int c = 0; c < N; ++c) {
+            const float absmax = block_absmax(w, (n + c) * blocks + block);
+            table[c] = round_to<dtype>(_mm512_mul_ps(values, _mm512_set1_ps(absmax)));
+        }
+        for (int64_t i = block * block_bytes; i < (block + 1) * block_bytes; i += 16) {
+            for (int c = 0; c < N; ++c) {
+                const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(
+                    reinterpret_cast<const __m128i*>(packed + c * row_bytes + i)));
+                const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table[c]);
+                const __m512 odd = _mm512_permutexvar_ps(index, table[c]);
+                for (int r = 0; r < M; ++r) {
+                    const __m512 x_e = _mm512_loadu_ps(x_even + r * g.stride + i);
+                    const __m512 x_o = _mm512_loadu_ps(x_odd + r * g.stride + i);
+                    even_sums[r][c] = _mm512_fmadd_ps(even, x_e, even_sums[r][c]);
+                    odd_sums[r][c] = _mm512_fmadd_ps(odd, x_o, odd_sums[r][c]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < M; ++r) {
+        for (int c = 0; c < N; ++c) {
+            const __m512 sums = _mm512_add_ps(even_sums[r][c], odd_sums[r][c]);
+            finish(g, m + r, n + c, _mm512_reduce_add_ps(sums));
+        }
+    }
+}
+
+// Rows of W that a tile takes beside M rows of x, so that sums fill registers and hide latency.
+constexpr int tile_n(int m) { return m == 1 ? 4 : m <= 4 ? 2 : 1; }
+
+template <int dtype, int M>
+void gemv_tile(const Gemv& g, int64_t m, int64_t first, int64_t last) {
+    int64_t n = first;
+    if (g.k % g.weight.block_size == 0) {
+        constexpr int N = tile_n(M);
+        for (; n + N <= last; n += N) gemv_aligned<dtype, M, N>(g, m, n);
+    }
+    for (; n < last; ++n) gemv_row<dtype, M>(g, m, n);
+}
+
+constexpr int64_t kMostRows = 8;
+
+template <int dtype>
+void gemv_rows(const Gemv& g, int64_t first, int64_t last) {
+    using Tile = void (*)(const Gemv&, int64_t, int64_t, int64_t);
+    const Tile of[] = {
+        gemv_tile<dtype, 1>, gemv_tile<dtype, 2>, gemv_tile<dtype, 3>, gemv_tile<dtype, 4>,
+        gemv_tile<dtype, 5>, gemv_tile<dtype, 6>, gemv_tile<dtype, 7>, gemv_tile<dtype, 8>,
+    };
+    for (int64_t m = 0; m < g.m; m += kMostRows) {
+        const int64_t rows = g.m - m < kMostRows ? g.m - m : kMostRows;
+        of[rows - 1](g, m, first, last);
+    }
+}
+
+void gemv(const Gemv& g, int64_t first, int64_t last) {
+    if (g.dtype == PF_BFLOAT16) {
+        gemv_rows<PF_BFLOAT16>(g, first, last);
+    } else if (g.dtype == PF_FLOAT16) {
+        gemv_rows<PF_FLOAT16>(g, first, last);
+    } else {
+        gemv_rows<PF_FLOAT32>(g, first, last);
     }
 }
 
@@ -254,7 +399,7 @@ bool supported() {
 }  // namespace
 
 const Kernels avx512_kernels = {
-    "avx512", supported, dequantize, dropout_mask, dropout_apply,
+    "avx512", supported, dequantize, gemv, quantize, to_floats, dropout_mask, dropout_apply,
 };
 
 }  // namespace pf

@@ -32,6 +32,32 @@ struct Dequantize {
     void* out;
 };
 
+// x is given as floats, the elements that meet high half-bytes in `even`, the others in `odd`; a row
+// of W that begins in a low half-byte pairs them otherwise, with a zero before the first. Rows are
+// `stride` apart, and zeros from their ends on.
+struct Gemv {
+    Weight weight;
+    const float* even[2];
+    const float* odd[2];
+    int64_t stride;
+    int64_t m;
+    int64_t n_out;
+    int64_t k;
+    int dtype;
+    const void* bias;
+    void* out;  // rows are n_out apart
+};
+
+struct Quantize {
+    const void* w;
+    int dtype;
+    int64_t n;
+    int64_t block_size;
+    int quant_type;
+    uint8_t* packed;
+    float* absmax;
+};
+
 struct Dropout {
     uint64_t seed;
     int limit;
@@ -48,6 +74,9 @@ struct Kernels {
     const char* name;
     bool (*supported)();
     void (*dequantize)(const Dequantize&, int64_t first_block, int64_t last_block);
+    void (*gemv)(const Gemv&, int64_t first_n, int64_t last_n);
+    void (*quantize)(const Quantize&, int64_t first_block, int64_t last_block);
+    void (*to_floats)(int dtype, const void* in, int64_t count, float* out);
     // keep [rows, cols] as bytes, in `out`; and the masked copy. limit is in (-32768, 32768).
     void (*dropout_mask)(const Dropout&, int64_t first_row, int64_t last_row);
     void (*dropout_apply)(const Dropout&, int64_t first_row, int64_t last_row);
@@ -122,6 +151,46 @@ static inline float from_float16(uint16_t value) {
     if (magnitude >= 0x400) return float_of(sign | ((magnitude << 13) + 0x38000000));
     const float scaled = static_cast<float>(magnitude) * float_of(0x33800000);  // 2^-24
     return float_of(sign | bits_of(scaled));
+}
+
+static inline int element_size(int dtype) { return dtype == PF_FLOAT32 ? 4 : 2; }
+
+// One float, rounded to `dtype`, and back.
+static inline void store_rounded(int dtype, float value, void* out, int64_t i) {
+    if (dtype == PF_BFLOAT16) {
+        static_cast<uint16_t*>(out)[i] = to_bfloat16(value);
+    } else if (dtype == PF_FLOAT16) {
+        static_cast<uint16_t*>(out)[i] = to_float16(value);
+    } else {
+        static_cast<float*>(out)[i] = value;
+    }
+}
+
+static inline float load_float(int dtype, const void* in, int64_t i) {
+    if (dtype == PF_BFLOAT16) return from_bfloat16(static_cast<const uint16_t*>(in)[i]);
+    if (dtype == PF_FLOAT16) return from_float16(static_cast<const uint16_t*>(in)[i]);
+    return static_cast<const float*>(in)[i];
+}
+
+// An output of gemv from its sum.
+static inline void finish(const Gemv& g, int64_t m, int64_t n, float sum) {
+    if (g.bias) sum += load_float(g.dtype, g.bias, n);
+    store_rounded(g.dtype, sum, g.out, m * g.n_out + n);
+}
+
+// The bytes of a row of W: where they begin, how many, and whether the first one's high half belongs
+// to the row before.
+struct RowBytes {
+    const uint8_t* begin;
+    int64_t first_byte;
+    int64_t count;
+    int shifted;
+};
+
+static inline RowBytes row_bytes(const Gemv& g, int64_t n) {
+    const int64_t start = n * g.k;
+    const int shifted = static_cast<int>(start & 1);
+    return {g.weight.packed + start / 2, start / 2, (g.k + shifted + 1) / 2, shifted};
 }
 
 // Philox4x32-7: the rounds' multipliers and the steps of their keys.

@@ -1,6 +1,7 @@
 // The kernels in plain C++: for every machine, and what the others are tested against.
 
 #include "kernels.h"
+#include "quantize.h"
 
 namespace pf {
 namespace {
@@ -59,6 +60,66 @@ void dequantize(const Dequantize& d, int64_t first, int64_t last) {
     }
 }
 
+constexpr int64_t kTile = 256;  // bytes of a row that are decoded at a time
+constexpr int kLanes = 8;
+
+void gemv(const Gemv& g, int64_t first, int64_t last) {
+    const Weight& w = g.weight;
+    const int64_t block_bytes = w.block_size / 2;
+    alignas(64) float even[kTile], odd[kTile];
+    for (int64_t n = first; n < last; ++n) {
+        const RowBytes row = row_bytes(g, n);
+        for (int64_t m = 0; m < g.m; ++m) {
+            const float* x_even = g.even[row.shifted] + m * g.stride;
+            const float* x_odd = g.odd[row.shifted] + m * g.stride;
+            float sums[kLanes] = {};
+            for (int64_t i = 0; i < row.count;) {
+                const int64_t byte = row.first_byte + i;
+                const int64_t block = byte / block_bytes;
+                const int64_t in_block = (block + 1) * block_bytes - byte;
+                int64_t count = row.count - i < in_block ? row.count - i : in_block;
+                count = count < kTile ? count : kTile;
+                uint32_t table[16];
+                wide_table(w, block, g.dtype, table);
+                for (int64_t j = 0; j < count; ++j) {
+                    even[j] = float_of(table[row.begin[i + j] >> 4]);
+                    odd[j] = float_of(table[row.begin[i + j] & 15]);
+                }
+                int64_t j = 0;
+                for (; j + kLanes <= count; j += kLanes) {
+                    for (int lane = 0; lane < kLanes; ++lane) {
+                        sums[lane] += even[j + lane] * x_even[i + j + lane];
+                        sums[lane] += odd[j + lane] * x_odd[i + j + lane];
+                    }
+                }
+                for (; j < count; ++j) {
+                    sums[0] += even[j] * x_even[i + j];
+                    sums[0] += odd[j] * x_odd[i + j];
+                }
+                i += count;
+            }
+            float sum = 0;
+            for (float lane : sums) sum += lane;
+            finish(g, m, n, sum);
+        }
+    }
+}
+
+void to_floats(int dtype, const void* in, int64_t count, float* out) {
+    if (dtype == PF_FLOAT32) {
+        memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
+        return;
+    }
+    const uint16_t* narrow = static_cast<const uint16_t*>(in);
+    for (int64_t i = 0; i < count; ++i) {
+        out[i] = dtype == PF_BFLOAT16 ? from_bfloat16(narrow[i]) : from_float16(narrow[i]);
+    }
+}
+
+void quantize(const Quantize& q, int64_t first, int64_t last) {
+    quantize_blocks(q, first, last, to_floats);
+}
+
 template <typename Columns>
 void each_group(const Dropout& d, int64_t first, int64_t last, const Columns& columns) {
     const int64_t groups = (d.cols + kGroup - 1) / kGroup;
@@ -101,7 +162,7 @@ bool supported() { return true; }
 }  // namespace
 
 const Kernels portable_kernels = {
-    "portable", supported, dequantize, dropout_mask, dropout_apply,
+    "portable", supported, dequantize, gemv, quantize, to_floats, dropout_mask, dropout_apply,
 };
 
 }  // namespace pf

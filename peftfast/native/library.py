@@ -45,6 +45,12 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "pf_cpu_use_isa": (c_int, [c_char_p]),
         "pf_cpu_threading": (c_char_p, []),
         "pf_cpu_nf4_dequantize": (c_int, [*_DEQUANTIZE, c_int]),
+        "pf_cpu_nf4_gemv": (c_int, [*_GEMV, c_int]),
+        "pf_cpu_nf4_quantize": (
+            c_int,
+            [_POINTER, c_int, _SIZE, c_int, c_int, *[_POINTER] * 2, c_int],
+        ),
+        "pf_cpu_nf4_quantize_absmax": (c_int, [*[_POINTER] * 2, _SIZE, *[_POINTER] * 2, c_int]),
         "pf_cpu_dropout_mask": (c_int, [_POINTER, c_int, _SIZE, _SIZE, _POINTER, c_int]),
         "pf_cpu_dropout_apply": (
             c_int,

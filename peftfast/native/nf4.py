@@ -1,12 +1,64 @@
-"""4-bit weights in C++ and CUDA, bit for bit those of `peftfast.reference.nf4`, which defines them."""
+"""4-bit weights in C++ and CUDA; `peftfast.reference.nf4` defines them, bit for bit."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from peftfast.native import library
 from peftfast.native.library import DTYPES, QUANT_TYPES
+
+_NESTED_BLOCK = 256
+
+
+def quantize_blocks(w: Tensor, block_size: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Indices and scales of a contiguous tensor on the CPU.
+
+    Args:
+        w: bfloat16, float16 or float32.
+
+    Returns:
+        packed: uint8 [ceil(n / 2)]; absmax: float32 [ceil(n / block_size)].
+    """
+    n = w.numel()
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    status = library.cpu().pf_cpu_nf4_quantize(
+        w.data_ptr(),
+        DTYPES[w.dtype],
+        n,
+        block_size,
+        QUANT_TYPES[quant_type],
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    library.check(status)
+    return packed, absmax
+
+
+def quantize_absmax(values: Tensor, nested_code: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes and scales of statistics, float32 [blocks] on the CPU, from which the offset is
+    taken off.
+
+    Returns:
+        codes: uint8 [blocks]; nested_absmax: float32 [ceil(blocks / 256)].
+    """
+    blocks = values.numel()
+    codes = torch.empty(blocks, dtype=torch.uint8)
+    nested_absmax = torch.empty(-(-blocks // _NESTED_BLOCK), dtype=torch.float32)
+    status = library.cpu().pf_cpu_nf4_quantize_absmax(
+        values.data_ptr(),
+        nested_code.data_ptr(),
+        blocks,
+        codes.data_ptr(),
+        nested_absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    library.check(status)
+    return codes, nested_absmax
 
 
 def dequantize(
@@ -34,5 +86,60 @@ def dequantize(
         DTYPES[out.dtype],
         out.data_ptr(),
     )
-    status = library.cpu().pf_cpu_nf4_dequantize(*arguments, torch.get_num_threads())
-    library.check(status)
+    if not out.is_cuda:
+        threads = torch.get_num_threads()
+        library.check(library.cpu().pf_cpu_nf4_dequantize(*arguments, threads))
+        return
+    with _on(out.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        library.check_cuda(library.cuda().pf_cuda_nf4_dequantize(*arguments, stream))
+
+
+def gemv(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    quant_type: str,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Fill out [M, N] with x [M, K] W^T + bias, summed in float32 and rounded once; the weight is
+    rounded to x's dtype first. The result does not depend on the number of threads.
+    """
+    arguments = (
+        x.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        None if nested_absmax is None else nested_absmax.data_ptr(),
+        None if nested_code is None else nested_code.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+        *out.shape,
+        x.shape[1],
+        block_size,
+        QUANT_TYPES[quant_type],
+        DTYPES[x.dtype],
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+    )
+    if not out.is_cuda:
+        library.check(library.cpu().pf_cpu_nf4_gemv(*arguments, torch.get_num_threads()))
+        return
+    with _on(out.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        library.check_cuda(library.cuda().pf_cuda_nf4_gemv(*arguments, stream))
+
+
+def few_rows(device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> int:
+    """The most rows at which `gemv` beats dequantising and a GEMM."""
+    return 0
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Make a CUDA device current; costs next to nothing where it is."""
+    if device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
