@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from peftfast.nn.lora import LoRALinear
+from peftfast.nn.nf4 import NF4Linear
+from peftfast.nn.quantised_init import loftq_init, pissa_init
 
-__all__ = ["LoRALinear"]
+__all__ = ["LoRALinear", "NF4Linear", "loftq_init", "pissa_init"]

@@ -79,6 +79,18 @@ def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
+def native_reasons(device: torch.device) -> list[str]:
+    """Why the extension's kernels can't take tensors of this device; empty where they can."""
+    if device.type not in ("cpu", "cuda"):
+        return [f"csrc has no kernels for {device.type}"]
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return ["fake tensors hold no data"]
+    from peftfast.native import library
+
+    missing = library.missing(device.type)
+    return [missing] if missing else []
+
+
 def availability() -> dict[str, str | None]:
     """For each implementation None where this machine can run it, else the reason why not."""
     if torch.cuda.is_available():
@@ -86,9 +98,12 @@ def availability() -> dict[str, str | None]:
     else:
         device = torch.device("cpu")
     triton = triton_reasons(device, torch.float16)
+    native = [why for kind in ("cpu", device.type) for why in native_reasons(torch.device(kind))]
+    if device.type == "cuda" and len(native) < 2:
+        native = []  # one of the two libraries serves
     return {
         Impl.TRITON.value: "; ".join(triton) or None,
-        Impl.NATIVE.value: "no op has a native implementation in this version",
+        Impl.NATIVE.value: "; ".join(native) or None,
         Impl.REFERENCE.value: None,
     }
 

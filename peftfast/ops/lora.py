@@ -17,15 +17,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfast.ops.dispatch import Impl, choose, parse_impl, triton_reasons
+from peftfast.ops import nf4
+from peftfast.ops.dispatch import Impl, choose, native_reasons, parse_impl, triton_reasons
+from peftfast.ops.nf4_weight import (
+    NF4Weight,
+    Weight,
+    first_parts,
+    flatten,
+    out_features,
+    part_count,
+    unflatten,
+)
 from peftfast.ops.operands import (
     Factors,
     OneOrMore,
     as_list,
     autocast_dtype,
+    check_input,
     check_operand,
     check_seed,
     factors,
+    is_batched,
     no_autocast,
     probabilities,
     shape,
@@ -34,11 +46,12 @@ from peftfast.ops.second_order import first_order_only
 from peftfast.reference import lora as reference
 
 _SEED_LIMIT = (1 << 63) - 1
+_WIDEN_ROWS = 32  # from here on a CPU widens a dense 16-bit weight where its GEMM gains by that
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora_a: OneOrMore,
     lora_b: OneOrMore,
@@ -54,7 +67,8 @@ def lora_linear(
 
     Args:
         x: [..., in], any strides.
-        weight: [out, in], any strides (a transposed view serves transformers' Conv1D).
+        weight: [out, in], any strides (a transposed view serves transformers' Conv1D); or an
+            `NF4Weight` (QLoRA), which is dequantised into one scratch buffer and never saved dense.
         bias: [out] or None.
         lora_a: A [r, in], r >= 1; or a list: several active adapters, whose contributions add up.
         lora_b: B [out, r]; or a list of the same length.
@@ -70,7 +84,9 @@ def lora_linear(
 
     x, weight and bias have one floating dtype, each adapter that one or float32. Under autocast
     x, weight and bias are cast as in `F.linear`; adapters are not. Gradients go to x, A, B, bias
-    and weight where they ask for one, in their own dtype; second derivatives raise.
+    and weight where they ask for one, in their own dtype; second derivatives raise. Over an
+    NF4Weight the base's product is computed in its compute_dtype, where it has one, and the bias
+    may be of any floating dtype.
 
     Returns:
         [..., out] in x's dtype (under autocast: in autocast's).
@@ -86,7 +102,7 @@ def lora_linear(
 
 def lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_a: Sequence[OneOrMore],
     lora_b: Sequence[OneOrMore],
@@ -118,7 +134,7 @@ def lora_linear_group(
 
 def lora_linear_reasons(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_a: Sequence[OneOrMore],
     lora_b: Sequence[OneOrMore],
@@ -140,7 +156,7 @@ class _Operands(NamedTuple):
     """
 
     x: Tensor
-    weights: Sequence[Tensor]
+    weights: Sequence[Weight]
     biases: Sequence[Tensor | None]
     lora_a: Sequence[Tensor]
     lora_b: Sequence[Tensor]
@@ -152,7 +168,7 @@ class _Operands(NamedTuple):
 
 def _flatten(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_a: Sequence[OneOrMore],
     lora_b: Sequence[OneOrMore],
@@ -167,7 +183,7 @@ def _flatten(
     _check_lengths(
         count, biases=biases, lora_a=lora_a, lora_b=lora_b, scaling=scaling, dropout_p=dropout_p
     )
-    x = _check_x(x)
+    x = check_input(x)
     flat_a: list[Tensor] = []
     flat_b: list[Tensor] = []
     owners: list[int] = []
@@ -203,22 +219,11 @@ def _check_lengths(count: int, **lists: Any) -> None:
             raise ValueError(f"{name} has {len(values)} entries for {count} weights")
 
 
-def _check_x(x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is {type(x).__name__}; a tensor is needed")
-    if x.ndim == 0:
-        raise ValueError("x is a scalar; it needs at least one dimension, [..., in]")
-    if x.layout is not torch.strided or x.is_nested:
-        kind = "nested" if x.is_nested else f"of layout {x.layout}"
-        raise TypeError(f"x is {kind}; a dense tensor is needed")
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}; a floating dtype is needed")
-    if (dtype := autocast_dtype(x)) is not None:
-        x = x.to(dtype)
-    return x
-
-
-def _check_linear(x: Tensor, w: Tensor, bias: Tensor | None, w_name: str, bias_name: str) -> None:
+def _check_linear(x: Tensor, w: Weight, bias: Tensor | None, w_name: str, bias_name: str) -> None:
+    if isinstance(w, NF4Weight):
+        nf4.check_weight(x, w, w_name)
+        nf4.check_bias(x, w, bias, w_name, bias_name)
+        return
     check_operand(x, w, w_name, 2, any_dtype=autocast_dtype(x) is not None)
     if w.shape[1] != x.shape[-1]:
         raise ValueError(
@@ -232,7 +237,7 @@ def _check_linear(x: Tensor, w: Tensor, bias: Tensor | None, w_name: str, bias_n
         raise ValueError(f"{bias_name} is {shape(bias)}; {w_name} {shape(w)} needs [{w.shape[0]}]")
 
 
-def _check_adapter(x: Tensor, w: Tensor, a: Tensor, b: Tensor, at: str) -> None:
+def _check_adapter(x: Tensor, w: Weight, a: Tensor, b: Tensor, at: str) -> None:
     for name, value in ((f"lora_a{at}", a), (f"lora_b{at}", b)):
         check_operand(x, value, name, 2, any_dtype=True)
         if value.dtype not in (x.dtype, torch.float32):
@@ -257,42 +262,67 @@ def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
     x = operands.x
     asked = parse_impl(impl)
     if not operands.lora_a:
-        frozen = zip(operands.weights, operands.biases, strict=True)
-        return tuple(F.linear(x, w, b) for w, b in frozen)
+        return tuple(
+            nf4.linear(x, w, b, asked) if isinstance(w, NF4Weight) else F.linear(x, w, b)
+            for w, b in zip(operands.weights, operands.biases, strict=True)
+        )
     if operands.seed is None and any(p > 0 for p in operands.dropout_p):
         seed = torch.randint(_SEED_LIMIT, (len(operands.lora_a),), device=x.device)
         operands = operands._replace(seed=seed)
+    parts, spec = flatten(operands.weights)
     if torch.compiler.is_compiling():
         has_bias = [b is not None for b in operands.biases]
         present = [b for b in operands.biases if b is not None]
-        fields = operands._replace(biases=present)
-        return tuple(torch.ops.peftfast.lora_linear(*fields, has_bias, asked.value)[0])
-    settings = (operands.owners, operands.scaling, operands.dropout_p, asked.value)
-    tensors = (*operands.weights, *operands.biases, *operands.lora_a, *operands.lora_b)
+        fields = (present, *operands[3:])
+        return tuple(
+            torch.ops.peftfast.lora_linear(x, parts, spec, *fields, has_bias, asked.value)[0]
+        )
+    settings = (spec, operands.owners, operands.scaling, operands.dropout_p, asked.value)
+    tensors = (*parts, *operands.biases, *operands.lora_a, *operands.lora_b)
     return _LoRALinear.apply(settings, x, operands.seed, *tensors)
 
 
-def _implementation(asked: str, operands: _Operands) -> Any:
-    """The module that serves a call; a compiled graph asks when it runs."""
+def _implementation(asked: str, operands: _Operands, dys: Sequence[Tensor | None] = ()) -> Impl:
+    """Who serves a call; a compiled graph asks when it runs."""
     device = operands.x.device
     triton = triton_reasons(device, operands.x.dtype)
     if any(0 in w.shape for w in operands.weights):
         triton.append("a linear has no input or no output features")
-    reasons = {Impl.TRITON: triton, Impl.REFERENCE: []}
-    order = (Impl.TRITON, Impl.REFERENCE) if device.type == "cuda" else (Impl.REFERENCE,)
-    if choose("lora_linear", Impl(asked), order, reasons) is Impl.TRITON:
+    native = native_reasons(device)
+    if device.type == "cuda":
+        native = ["csrc has dropout and 4-bit weights for a GPU's linear, not the linear itself"]
+    if is_batched(dys):
+        triton.append("the gradients are batched")
+        native.append("the gradients are batched")
+    reasons = {Impl.TRITON: triton, Impl.NATIVE: native, Impl.REFERENCE: []}
+    first = Impl.TRITON if device.type == "cuda" else Impl.NATIVE
+    return choose("lora_linear", Impl(asked), (first, Impl.REFERENCE), reasons)
+
+
+def _module(impl: Impl) -> Any:
+    """The functions of one implementation."""
+    if impl is Impl.TRITON:
         from peftfast_kernels import lora
 
         return lora
+    if impl is Impl.NATIVE:
+        from peftfast.native import lora as native
+
+        return native
     return reference
 
 
 def _forward(operands: _Operands, impl: str) -> tuple[list[Tensor], Tensor]:
-    """Outputs [..., N_j] and t [M, sum r_i]. W and b are cast here, to x's dtype, and the casts
-    not kept.
-    """
+    """Outputs [..., N_j] and t [M, sum r_i]. W and b are cast here, and the casts not kept."""
     with no_autocast(operands.x):
-        ys, t = _implementation(impl, operands).lora_linear_forward(*_as_matrices(operands))
+        serving = _implementation(impl, operands)
+        matrices, options = _prepared(operands, serving, Impl(impl))
+        base = nf4.few_row_outputs(
+            matrices.x, operands.weights, operands.biases, _dtypes(operands), Impl(impl)
+        )
+        if base is not None:
+            options["base_ys"] = base
+        ys, t = _module(serving).lora_linear_forward(*matrices, **options)
     leading = operands.x.shape[:-1]
     # Not views for autograd: an output may be changed in place, as F.linear's may.
     return [torch.ops.aten._unsafe_view(y, (*leading, y.shape[-1])) for y in ys], t
@@ -304,27 +334,50 @@ def _backward(
     """The gradients asked for, in the order x, weights, biases, lora_a, lora_b; `needs` has an
     entry for each.
     """
-    matrices = _as_matrices(operands)
-    rows = matrices.x.shape[0]
-    flat = [None if dy is None else dy.reshape(rows, dy.shape[-1]) for dy in dys]
     need_x, *need = _split_needs(needs, len(operands.weights), len(operands.lora_a))
     with no_autocast(operands.x):
-        grads = _implementation(impl, operands).lora_linear_backward(
-            flat, t, *matrices, need_x[0], *need
+        serving = _implementation(impl, operands, dys)
+        matrices, options = _prepared(operands, serving, Impl(impl))
+        rows = matrices.x.shape[0]
+        flat = [None if dy is None else dy.reshape(rows, dy.shape[-1]) for dy in dys]
+        grads = _module(serving).lora_linear_backward(
+            flat, t, *matrices, need_x[0], *need, **options
         )
     if need_x[0]:
         grads[0] = grads[0].view(operands.x.shape)
     return grads
 
 
-def _as_matrices(operands: _Operands) -> _Operands:
-    """x as [M, in], W and b in x's dtype (they differ under autocast only)."""
-    x = operands.x
-    return operands._replace(
-        x=x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
-        weights=[w.to(x.dtype) for w in operands.weights],
-        biases=[None if b is None else b.to(x.dtype) for b in operands.biases],
-    )
+def _dtypes(operands: _Operands) -> list[torch.dtype]:
+    """The dtype in which each linear's own product is computed."""
+    x = operands.x.dtype
+    return [(w.compute_dtype if isinstance(w, NF4Weight) else None) or x for w in operands.weights]
+
+
+def _prepared(operands: _Operands, serving: Impl, asked: Impl) -> tuple[_Operands, dict[str, Any]]:
+    """x as [M, in], W and b in the dtype of the base's product, and what else is to be said of it.
+
+    4-bit weights, and 16-bit ones that a CPU multiplies faster in float32, become dense when they
+    are read, one at a time.
+    """
+    x, dtypes = operands.x, _dtypes(operands)
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    quantised = any(isinstance(w, NF4Weight) for w in operands.weights)
+    wide = None
+    if serving is Impl.NATIVE and (quantised or x.shape[0] >= _WIDEN_ROWS):
+        wide = next(filter(None, (nf4.gemm_dtype(d, x.device, asked) for d in dtypes)), None)
+    options: dict[str, Any] = {}
+    if any(dtype != x.dtype for dtype in dtypes):
+        options["compute_dtypes"] = dtypes
+    weights: Sequence[Any] = operands.weights
+    if quantised or wide is not None:
+        weights = nf4.DenseWeights(weights, dtypes, wide, asked)
+    else:
+        weights = [w.to(x.dtype) for w in weights]
+    biases = [
+        None if b is None else b.to(dtype) for b, dtype in zip(operands.biases, dtypes, strict=True)
+    ]
+    return operands._replace(x=x, weights=weights, biases=biases), options
 
 
 def _split_needs(needs: Sequence[bool], linears: int, adapters: int) -> list[Sequence[bool]]:
@@ -362,42 +415,58 @@ def _reached(
     return [need and alive for need, alive in zip(needs, live, strict=True)]
 
 
+def _weight_needs(spec: Sequence[int], needs: Sequence[bool]) -> list[bool]:
+    """Whether each weight asks for a gradient, from the same of every part; a 4-bit one can't."""
+    return [dense and needs[start] for start, dense in first_parts(spec)]
+
+
+def _part_grads(spec: Sequence[int], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradient of every part: a dense weight's, and None for 4-bit ones."""
+    parts: list[Tensor | None] = [None] * part_count(spec)
+    for (start, _), grad in zip(first_parts(spec), grads, strict=True):
+        parts[start] = grad
+    return parts
+
+
 class _LoRALinear(torch.autograd.Function):
     """Eager autograd; the tensors among the operands follow the settings, flat."""
 
     @staticmethod
     def forward(ctx: Any, settings: Any, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:
-        owners, scaling, dropout_p, impl = settings
-        adapters = len(owners)
-        linears = len(tensors) // 2 - adapters
-        weights, biases = tensors[:linears], tensors[linears : 2 * linears]
-        lora_a, lora_b = tensors[2 * linears : -adapters], tensors[-adapters:]
+        spec, owners, scaling, dropout_p, impl = settings
+        adapters, linears, held = len(owners), len(out_features(spec)), part_count(spec)
+        parts, biases = tensors[:held], tensors[held : held + linears]
+        lora_a, lora_b = tensors[held + linears : -adapters], tensors[-adapters:]
+        weights = unflatten(parts, spec)
         operands = _Operands(x, weights, biases, lora_a, lora_b, owners, scaling, dropout_p, seed)
         ys, t = _forward(operands, impl)
-        ctx.settings, ctx.linears = settings, linears
-        ctx.needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]]
+        ctx.settings = settings
+        need_x, _, *others = ctx.needs_input_grad[1:]
+        ctx.needs = [need_x, *_weight_needs(spec, others[:held]), *others[held:]]
         ctx.set_materialize_grads(False)
         kept = _saved_x(x, ctx.needs, linears, adapters)
-        ctx.save_for_backward(kept, seed, t, *weights, *lora_a, *lora_b)
+        ctx.save_for_backward(kept, seed, t, *parts, *lora_a, *lora_b)
         used = _linears_with_grad(ctx.needs, owners, linears)
         ctx.mark_non_differentiable(*(y for j, y in enumerate(ys) if j not in used))
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
-        owners, scaling, dropout_p, impl = ctx.settings
-        linears, adapters = ctx.linears, len(owners)
+        spec, owners, scaling, dropout_p, impl = ctx.settings
+        adapters, linears, held = len(owners), len(out_features(spec)), part_count(spec)
         x, seed, t, *tensors = ctx.saved_tensors
-        weights, lora_a, lora_b = tensors[:linears], tensors[linears:-adapters], tensors[-adapters:]
+        parts, lora_a, lora_b = tensors[:held], tensors[held:-adapters], tensors[-adapters:]
         operands = _Operands(
-            x, weights, [None] * linears, lora_a, lora_b, owners, scaling, dropout_p, seed
-        )
+            x, unflatten(parts, spec), [None] * linears, lora_a, lora_b, owners, scaling,
+            dropout_p, seed,
+        )  # fmt: skip
         needs = _reached(ctx.needs, dys, owners)
         with torch.no_grad():
             computed = _backward(dys, t, operands, needs, impl)
         grads = iter(first_order_only("lora_linear", computed))
         x_grad, *others = (next(grads) if need else None for need in needs)
-        return (None, x_grad, None, *others)
+        weight_grads = _part_grads(spec, others[:linears])
+        return (None, x_grad, None, *weight_grads, *others[linears:])
 
 
 # The library op. torch's autograd for lists of tensors passes over a list that holds a None, so
@@ -407,76 +476,82 @@ class _LoRALinear(torch.autograd.Function):
 @torch.library.custom_op(
     "peftfast::lora_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] lora_a, Tensor[] lora_b,"
-    " int[] owners, float[] scaling, float[] dropout_p, Tensor? seed, bool[] has_bias, str impl)"
-    " -> (Tensor[], Tensor)",
+    schema="(Tensor x, Tensor[] parts, int[] spec, Tensor[] biases, Tensor[] lora_a,"
+    " Tensor[] lora_b, int[] owners, float[] scaling, float[] dropout_p, Tensor? seed,"
+    " bool[] has_bias, str impl) -> (Tensor[], Tensor)",
 )
-def _library_forward(*args: Any) -> Any:
+def _library_forward(x: Tensor, parts: Any, spec: Any, biases: Any, *args: Any) -> Any:
     *fields, has_bias, impl = args
-    operands = _Operands._make(fields)
-    present = iter(operands.biases)
-    biases = [next(present) if has else None for has in has_bias]
-    return _forward(operands._replace(biases=biases), impl)
+    present = iter(biases)
+    every = [next(present) if has else None for has in has_bias]
+    return _forward(_Operands(x, unflatten(parts, spec), every, *fields), impl)
 
 
 @_library_forward.register_fake
-def _fake_forward(*args: Any) -> Any:
-    operands = _Operands._make(args[:-2])
-    x = operands.x
-    ys = [x.new_empty(*x.shape[:-1], w.shape[0]) for w in operands.weights]
-    rank = sum(a.shape[0] for a in operands.lora_a)
-    dtype = reference.bottleneck_dtype(operands.lora_a)
+def _fake_forward(x: Tensor, parts: Any, spec: Any, biases: Any, lora_a: Any, *_: Any) -> Any:
+    ys = [x.new_empty(*x.shape[:-1], features) for features in out_features(spec)]
+    rank = sum(a.shape[0] for a in lora_a)
+    dtype = reference.bottleneck_dtype(lora_a)
     return ys, x.new_empty(math.prod(x.shape[:-1]), rank, dtype=dtype)
 
 
 @torch.library.custom_op(
     "peftfast::lora_linear_backward",
     mutates_args=(),
-    schema="(Tensor?[] dys, Tensor t, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b,"
-    " int[] owners, float[] scaling, float[] dropout_p, Tensor? seed, bool[] needs, str impl)"
-    " -> Tensor[]",
+    schema="(Tensor?[] dys, Tensor t, Tensor x, Tensor[] parts, int[] spec, Tensor[] lora_a,"
+    " Tensor[] lora_b, int[] owners, float[] scaling, float[] dropout_p, Tensor? seed,"
+    " bool[] needs, str impl) -> Tensor[]",
 )
-def _library_backward(dys: Any, t: Tensor, x: Tensor, weights: Any, *args: Any) -> list[Tensor]:
+def _library_backward(
+    dys: Any, t: Tensor, x: Tensor, parts: Any, spec: Any, *args: Any
+) -> list[Tensor]:
     *fields, needs, impl = args
-    operands = _Operands._make((x, weights, [None] * len(weights), *fields))
+    weights = unflatten(parts, spec)
+    operands = _Operands(x, weights, [None] * len(weights), *fields)
     return _backward(dys, t, operands, needs, impl)
 
 
 @_library_backward.register_fake
-def _fake_backward(dys: Any, t: Tensor, x: Tensor, weights: Any, *args: Any) -> list[Tensor]:
+def _fake_backward(
+    dys: Any, t: Tensor, x: Tensor, parts: Any, spec: Any, *args: Any
+) -> list[Tensor]:
     lora_a, lora_b, *_, needs, _ = args
-    biases = [x.new_empty(w.shape[0]) for w in weights]
-    wide = [x.new_empty(v.shape) for v in (x, *weights, *biases)]
+    features = out_features(spec)
+    wide = [x.new_empty(x.shape)]
+    wide += [x.new_empty(n, x.shape[-1]) for n in features] + [x.new_empty(n) for n in features]
     values = [*wide, *(v.new_empty(v.shape) for v in (*lora_a, *lora_b))]
     return [value for value, need in zip(values, needs, strict=True) if need]
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, biases, lora_a, lora_b, *settings, seed, has_bias, impl = inputs
+    x, parts, spec, biases, lora_a, lora_b, *settings, seed, has_bias, impl = inputs
     present = iter(biases)
-    needs_bias = [has and next(present).requires_grad for has in has_bias]
-    needs = [v.requires_grad for v in (x, *weights)] + needs_bias
+    needs = [x.requires_grad, *_weight_needs(spec, [p.requires_grad for p in parts])]
+    needs += [has and next(present).requires_grad for has in has_bias]
     needs += [v.requires_grad for v in (*lora_a, *lora_b)]
-    ctx.settings, ctx.has_bias, ctx.needs, ctx.impl = settings, has_bias, needs, impl
+    ctx.spec, ctx.settings, ctx.has_bias = spec, settings, has_bias
+    ctx.needs, ctx.impl = needs, impl
     ctx.set_materialize_grads(False)
-    kept = _saved_x(x, needs, len(weights), len(lora_a))
-    ctx.save_for_backward(kept, seed, output[1], *weights, *lora_a, *lora_b)
+    kept = _saved_x(x, needs, len(has_bias), len(lora_a))
+    ctx.save_for_backward(kept, seed, output[1], *parts, *lora_a, *lora_b)
 
 
 def _library_autograd(ctx: Any, dys: Any, _: Any) -> Any:
-    linears, adapters = len(ctx.has_bias), len(ctx.settings[0])
+    linears, adapters, held = len(ctx.has_bias), len(ctx.settings[0]), part_count(ctx.spec)
     x, seed, t, *tensors = ctx.saved_tensors
-    weights, lora_a, lora_b = tensors[:linears], tensors[linears:-adapters], tensors[-adapters:]
+    parts, lora_a, lora_b = tensors[:held], tensors[held:-adapters], tensors[-adapters:]
     needs = _reached(ctx.needs, dys, ctx.settings[0])
     grads = iter(
         torch.ops.peftfast.lora_linear_backward(
-            dys, t, x, weights, lora_a, lora_b, *ctx.settings, seed, needs, ctx.impl
+            dys, t, x, parts, ctx.spec, lora_a, lora_b, *ctx.settings, seed, needs, ctx.impl
         )
     )
-    parts = _split_needs(needs, linears, adapters)
-    (x_grad,), *lists = ([next(grads) if need else None for need in part] for part in parts)
-    lists[1] = [grad for grad, has in zip(lists[1], ctx.has_bias, strict=True) if has]
-    return (x_grad, *lists, *[None] * 6)
+    split = _split_needs(needs, linears, adapters)
+    (x_grad,), of_weights, of_biases, *of_adapters = (
+        [next(grads) if need else None for need in part] for part in split
+    )
+    biases = [grad for grad, has in zip(of_biases, ctx.has_bias, strict=True) if has]
+    return (x_grad, _part_grads(ctx.spec, of_weights), None, biases, *of_adapters, *[None] * 6)
 
 
 _library_forward.register_autograd(_library_autograd, setup_context=_setup_context)

@@ -15,6 +15,22 @@ OneOrMore = Tensor | Sequence[Tensor]
 Factors = float | Sequence[float]
 
 
+def check_input(x: Tensor) -> Tensor:
+    """Hold x to what a linear needs; returns it as autocast casts it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {type(x).__name__}; a tensor is needed")
+    if x.ndim == 0:
+        raise ValueError("x is a scalar; it needs at least one dimension, [..., in]")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else f"of layout {x.layout}"
+        raise TypeError(f"x is {kind}; a dense tensor is needed")
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; a floating dtype is needed")
+    if (dtype := autocast_dtype(x)) is not None:
+        x = x.to(dtype)
+    return x
+
+
 def check_operand(x: Tensor, value: Tensor, name: str, ndim: int, any_dtype: bool) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; a tensor is needed")
@@ -67,6 +83,17 @@ def probabilities(value: Factors, count: int, name: str) -> list[float]:
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"{name} is {p}; a probability in [0, 1] is needed")
     return values
+
+
+def is_batched(values: Iterable[Tensor | None]) -> bool:
+    """Whether torch maps over a dimension that these tensors don't show, as is_grads_batched does:
+    they have no memory of their own that a kernel could read.
+    """
+    functorch = torch._C._functorch
+    return any(
+        v is not None and (functorch.is_batchedtensor(v) or functorch.is_legacy_batchedtensor(v))
+        for v in values
+    )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,4 +1,5 @@
-"""Imports go one way: patching, serving, memory, methods -> nn -> ops -> {reference, kernels}.
+"""Imports go one way: patching, serving, memory, methods -> nn -> ops -> {native, kernels} ->
+reference (kernels import nothing of it).
 
 The files are parsed, not imported, so that a lazy import inside a function counts too.
 """
@@ -18,13 +19,15 @@ TOP = ("patching", "serving", "memory", "methods")
 LOWER: dict[str, tuple[str, ...]] = {
     **{name: ("nn", "ops", "reference") for name in TOP},
     "nn": ("ops", "reference"),
-    "ops": ("reference",),
+    "ops": ("native", "reference"),
+    "native": ("reference",),
     "reference": (),
 }
 # Third-party packages that a layer may import; a layer that is not named here may import any.
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "nn": ("torch",),
     "ops": ("torch",),
+    "native": ("torch",),
     "reference": ("torch",),
     "peftfast_kernels": ("torch", "triton"),
 }
@@ -126,6 +129,8 @@ def test_every_layer_is_found() -> None:
         ("peftfast.nn.lora", "from peftfast_kernels import lora"),
         ("peftfast.patching.rewire", "import peftfast.memory.measure"),
         ("peftfast.patching.rewire", "import triton"),
+        ("peftfast.native.nf4", "from peftfast.ops import nf4"),
+        ("peftfast.reference.nf4", "from peftfast.native import library"),
         ("peftfast.reference.lora", "import numpy"),
         ("peftfast.reference.lora", "from peftfast.ops import dispatch"),
         ("peftfast_kernels.lora", "from peftfast.reference import lora"),

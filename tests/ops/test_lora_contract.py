@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
+from peftfast.native import library
 from peftfast.ops import ImplUnavailable, lora_linear, lora_linear_group, lora_linear_reasons
+from peftfast.ops.nf4_weight import flatten
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -106,9 +108,11 @@ def test_reasons_are_what_the_op_would_raise() -> None:
     assert reason.startswith("lora_a is torch.bfloat16")
 
 
-def test_an_explicit_implementation_never_falls_back() -> None:
+def test_an_explicit_implementation_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     good = _good(torch.float64)
-    with pytest.raises(ImplUnavailable, match="no native implementation") as native:
+    why = "csrc has dropout and 4-bit weights" if CUDA else "the library was not built"
+    monkeypatch.setattr(library, "missing", lambda kind: "the library was not built")
+    with pytest.raises(ImplUnavailable, match=why) as native:
         lora_linear(**good, impl="native")
     assert len(native.value.reasons) == 1
     with pytest.raises(ImplUnavailable, match="dtype torch.float64"):
@@ -132,10 +136,10 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(
 
 
 def test_the_environment_takes_the_place_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PEFTFAST_IMPL", "native")
+    monkeypatch.setenv("PEFTFAST_IMPL", "triton")
     with pytest.raises(ImplUnavailable):
-        lora_linear(**_good())
-    lora_linear(**_good(), impl="reference")
+        lora_linear(**_good(torch.float64))
+    lora_linear(**_good(torch.float64), impl="reference")
     monkeypatch.setenv("PEFTFAST_IMPL", "fast")
     with pytest.raises(ValueError, match="PEFTFAST_IMPL is 'fast'"):
         lora_linear(**_good())
@@ -307,13 +311,14 @@ def test_opcheck(bias: bool, dropout_p: float) -> None:
     seed = torch.tensor([5, 6], device=DEVICE) if dropout_p else None
     biases, has = ([b], [True, False]) if bias else ([], [False, False])
     settings = ([0, 1], [0.5, 2.0], [dropout_p, 0.0], seed, has, "reference")
-    args = (x, [w, w.detach()], biases, [a, a.detach()], [up, up.detach()], *settings)
+    _, spec = flatten([w, w.detach()])
+    args = (x, [w, w.detach()], spec, biases, [a, a.detach()], [up, up.detach()], *settings)
     opcheck(torch.ops.peftfast.lora_linear.default, args)
     t = torch.randn(10, 2 * RANK, device=DEVICE)
     needs = [True, True, False, bias, False, True, False, True, False]
     dys: list[Tensor | None] = [torch.randn(2, 5, OUT, device=DEVICE), None]
     plain = [v.detach() for v in (x, w, a, up)]
-    backward = (dys, t, plain[0], [plain[1]] * 2, [plain[2]] * 2, [plain[3]] * 2)
+    backward = (dys, t, plain[0], [plain[1]] * 2, spec, [plain[2]] * 2, [plain[3]] * 2)
     opcheck(
         torch.ops.peftfast.lora_linear_backward.default,
         (*backward, *settings[:4], needs, "reference"),

@@ -18,13 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peftfast.native import library
 from peftfast.ops import lora_linear, lora_linear_group
 from peftfast.reference import lora as reference
 from tests.tolerance import assert_within
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-IMPLS = ["reference", "triton"]
+NATIVE_MISSING = library.missing("cpu")
+IMPLS = [
+    "reference",
+    "triton",
+    pytest.param(
+        "native", marks=pytest.mark.skipif(CUDA or NATIVE_MISSING is not None, reason="no library")
+    ),
+]
 RANKS, WIDTHS, ROWS, DROPOUTS = (
     (1, 3, 8, 16, 64, 200),
     (64, 96, 130, 1000),
