@@ -62,46 +62,55 @@ void dequantize(const Dequantize& d, int64_t first, int64_t last) {
 
 constexpr int64_t kTile = 256;  // bytes of a row that are decoded at a time
 constexpr int kLanes = 8;
+constexpr int64_t kMostRows = 8;
 
-void gemv(const Gemv& g, int64_t first, int64_t last) {
+// Up to kMostRows rows of x, from row m on, against row n of W.
+void gemv_row(const Gemv& g, int64_t m, int64_t rows, int64_t n) {
     const Weight& w = g.weight;
     const int64_t block_bytes = w.block_size / 2;
+    const RowBytes row = row_bytes(g, n);
     alignas(64) float even[kTile], odd[kTile];
-    for (int64_t n = first; n < last; ++n) {
-        const RowBytes row = row_bytes(g, n);
-        for (int64_t m = 0; m < g.m; ++m) {
-            const float* x_even = g.even[row.shifted] + m * g.stride;
-            const float* x_odd = g.odd[row.shifted] + m * g.stride;
-            float sums[kLanes] = {};
-            for (int64_t i = 0; i < row.count;) {
-                const int64_t byte = row.first_byte + i;
-                const int64_t block = byte / block_bytes;
-                const int64_t in_block = (block + 1) * block_bytes - byte;
-                int64_t count = row.count - i < in_block ? row.count - i : in_block;
-                count = count < kTile ? count : kTile;
-                uint32_t table[16];
-                wide_table(w, block, g.dtype, table);
-                for (int64_t j = 0; j < count; ++j) {
-                    even[j] = float_of(table[row.begin[i + j] >> 4]);
-                    odd[j] = float_of(table[row.begin[i + j] & 15]);
-                }
-                int64_t j = 0;
-                for (; j + kLanes <= count; j += kLanes) {
-                    for (int lane = 0; lane < kLanes; ++lane) {
-                        sums[lane] += even[j + lane] * x_even[i + j + lane];
-                        sums[lane] += odd[j + lane] * x_odd[i + j + lane];
-                    }
-                }
-                for (; j < count; ++j) {
-                    sums[0] += even[j] * x_even[i + j];
-                    sums[0] += odd[j] * x_odd[i + j];
-                }
-                i += count;
-            }
-            float sum = 0;
-            for (float lane : sums) sum += lane;
-            finish(g, m, n, sum);
+    alignas(64) float sums[kMostRows][kLanes] = {};
+    for (int64_t i = 0; i < row.count;) {
+        const int64_t byte = row.first_byte + i;
+        const int64_t block = byte / block_bytes;
+        const int64_t in_block = (block + 1) * block_bytes - byte;
+        int64_t count = row.count - i < in_block ? row.count - i : in_block;
+        count = count < kTile ? count : kTile;
+        uint32_t table[16];
+        wide_table(w, block, g.dtype, table);
+        for (int64_t j = 0; j < count; ++j) {
+            even[j] = float_of(table[row.begin[i + j] >> 4]);
+            odd[j] = float_of(table[row.begin[i + j] & 15]);
         }
+        for (int64_t r = 0; r < rows; ++r) {
+            const float* x_even = g.even[row.shifted] + (m + r) * g.stride + i;
+            const float* x_odd = g.odd[row.shifted] + (m + r) * g.stride + i;
+            int64_t j = 0;
+            for (; j + kLanes <= count; j += kLanes) {
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    sums[r][lane] += even[j + lane] * x_even[j + lane];
+                    sums[r][lane] += odd[j + lane] * x_odd[j + lane];
+                }
+            }
+            for (; j < count; ++j) {
+                sums[r][0] += even[j] * x_even[j];
+                sums[r][0] += odd[j] * x_odd[j];
+            }
+        }
+        i += count;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        float sum = 0;
+        for (float lane : sums[r]) sum += lane;
+        finish(g, m + r, n, sum);
+    }
+}
+
+void gemv(const Gemv& g, int64_t first, int64_t last) {
+    for (int64_t m = 0; m < g.m; m += kMostRows) {
+        const int64_t rows = g.m - m < kMostRows ? g.m - m : kMostRows;
+        for (int64_t n = first; n < last; ++n) gemv_row(g, m, rows, n);
     }
 }
 
