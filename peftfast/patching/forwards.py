@@ -33,6 +33,19 @@ def bypass_reason(child: nn.Module) -> str | None:
     return None
 
 
+def replaced_forwards(module: nn.Module, source: type[nn.Module], name: str) -> list[str]:
+    """Why `source`'s own forward is not what runs when `module`, one of its kind, is called.
+
+    `name` is what `source` is called in the reasons.
+    """
+    reasons = []
+    if source.forward.__module__ != source.__module__:
+        reasons.append(f"{name}.forward was replaced, by {source.forward.__module__}")
+    if reason := replaced_forward(module, type(module).forward):
+        reasons.append(reason)
+    return reasons
+
+
 def replaced_forward(module: nn.Module, own: Callable[..., Any]) -> str | None:
     """Why a class swap would not reach `module`'s calls; None where it does.
 

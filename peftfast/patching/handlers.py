@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import sys
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import nn
@@ -21,9 +24,14 @@ class Comparison:
 
 
 class Handler(Protocol):
-    """What `patch` and `report` ask about a layer type; documented at `PeftLoraLinear`."""
+    """What `patch` and `report` ask about a layer type; documented at `PeftLora`.
 
+    `has_siblings`: whether modules of this type under one parent may be computed in one call.
+    """
+
+    name: str
     op: str
+    has_siblings: bool
     source: type[nn.Module]
     fused: type[nn.Module]
 
@@ -33,14 +41,29 @@ class Handler(Protocol):
 
     def compare(self, module: Any, impl: str) -> Comparison: ...
 
+    def prepare(self, module: Any) -> None: ...
 
-@functools.cache
+    def require(self, impl: str, modules: Iterable[Any]) -> None: ...
+
+
+# Files with a list HANDLERS, and the package whose layers they handle. Where nothing has imported
+# that package there are no such layers, and it is not imported for their sake.
+_FILES = (
+    ("peft_lora", "peft"),
+    ("peft_lora_4bit", "bitsandbytes"),
+    ("bnb_linear4bit", "bitsandbytes"),
+)
+
+
 def handlers() -> dict[type[nn.Module], Handler]:
     """The handlers by the exact type that they recognise."""
-    from peftfast.patching.peft_lora import PeftLoraLinear
+    return _handlers(tuple(name for name, package in _FILES if package in sys.modules))
 
-    known: list[Handler] = [PeftLoraLinear()]
-    return {handler.source: handler for handler in known}
+
+@functools.cache
+def _handlers(files: tuple[str, ...]) -> dict[type[nn.Module], Handler]:
+    found = [importlib.import_module(f"peftfast.patching.{name}").HANDLERS for name in files]
+    return {handler.source: handler for known in found for handler in known}
 
 
 def handler_of(module: nn.Module) -> Handler | None:

@@ -1,80 +1,139 @@
 """One call of a PEFT LoRA linear: its operands, or why PEFT's own forward must run.
 
-Nothing here is remembered: every parameter and setting is read at each call. Checked against the
-forward of `peft.tuners.lora.Linear`, which is the same in PEFT 0.18 to 0.21:
+Every parameter and setting is read at each call (of a 4-bit weight, what was checked is kept: see
+`four_bit`). Checked against the forwards of `peft.tuners.lora.Linear` and of its relative over
+4-bit bases, which are the same in PEFT 0.18 to 0.21:
 
     y = base(x) + sum_i s_i B_i(A_i(drop_i(x)))
+
+with the sum in the dtype of base(x). That is x's, or autocast's over a dense base under autocast.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from transformers.pytorch_utils import Conv1D
 
 from peftfast.ops import lora_linear
+from peftfast.ops.nf4 import NF4Weight
+from peftfast.ops.operands import autocast_dtype
+from peftfast.patching.bases import read_base
 from peftfast.patching.forwards import bypass_reason
-
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
-_AUTOCAST_CASTS = (torch.float32, torch.bfloat16, torch.float16)
+from peftfast.patching.inputs import (
+    PLAIN_TENSORS,
+    SHORT_DTYPES,
+    cast_after,
+    four_bit_reason,
+    input_reason,
+)
+from peftfast.patching.state import state_of
 
 
 class LoraCall(NamedTuple):
-    """The operands of `peftfast.ops.lora_linear`, one entry of each list an active adapter."""
+    """The operands of `peftfast.ops.lora_linear`, one entry of each list an active adapter.
 
-    weight: Tensor  # [out, in]
+    `out_dtype` is what the op's output is cast to, where that differs from what the op gives;
+    `biases_after`: the adapters' biases are added to that output, not to the base's bias.
+    """
+
+    weight: Tensor | NF4Weight  # [out, in]
     base_bias: Tensor | None  # [out]
     lora_a: list[Tensor]  # [r, in]
     lora_b: list[Tensor]  # [out, r]
     lora_bias: list[Tensor | None]  # [out]
     scaling: list[float]
     dropout_p: list[float]
-    sources: tuple[Tensor, ...]  # the parameters that all of this was read from
+    sources: tuple[Tensor, ...]  # the tensors that all of this was read from
+    out_dtype: torch.dtype | None = None
+    biases_after: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's product, unless the input decides it."""
+        weight = self.weight
+        return weight.dtype if isinstance(weight, Tensor) else weight.compute_dtype or weight.dtype
+
+    def input_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What inputs such a linear meets: over 4 bits float32 too, from float32 norms."""
+        own = self.dtype
+        float32_too = isinstance(self.weight, NF4Weight) and own != torch.float32
+        return (own, torch.float32) if float32_too else (own,)
+
+    def rounded_to(self, x: Tensor) -> set[torch.dtype]:
+        """The dtypes that values on the way from x to the output have."""
+        return {x.dtype, self.dtype, *(t.dtype for t in (*self.lora_a, *self.lora_b))}
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What the output depends on besides tensors."""
+        weight = self.weight
+        computes_in = weight.compute_dtype if isinstance(weight, NF4Weight) else None
+        return self.scaling, self.dropout_p, computes_in
 
     def bias(self) -> Tensor | None:
         """b + sum_i s_i b_i, where adapters have biases of their own (lora_bias=True)."""
         bias = self.base_bias
-        for own, factor in zip(self.lora_bias, self.scaling, strict=True):
-            if own is not None:
-                bias = own * factor if bias is None else bias + own * factor
+        if not self.biases_after:
+            for term in self._bias_terms():
+                bias = term if bias is None else bias + term
         return bias
+
+    def _bias_terms(self) -> list[Tensor]:
+        terms = zip(self.lora_bias, self.scaling, strict=True)
+        return [own * factor for own, factor in terms if own is not None]
 
     def drops(self) -> bool:
         return any(p > 0 for p in self.dropout_p)
 
     def run(self, x: Tensor, impl: str) -> Tensor:
+        """The op's output, of which `finish` makes the module's."""
         return lora_linear(
             x, self.weight, self.bias(), self.lora_a, self.lora_b, self.scaling,
             dropout_p=self.dropout_p, impl=impl,
         )  # fmt: skip
 
+    def finish(self, y: Tensor) -> Tensor:
+        if self.biases_after:
+            for term in self._bias_terms():
+                y = y + term
+        return y if self.out_dtype is None else y.to(self.out_dtype)
+
+    def output(self, x: Tensor, impl: str) -> Tensor:
+        return self.finish(self.run(x, impl))
+
 
 def read_call(module: Any, x: Tensor) -> LoraCall | str:
     """What `module` computes of x, or why that is not for `lora_linear` to compute."""
-    if type(x) not in _PLAIN_TENSORS:
-        return f"the input is a {type(x).__name__}"
-    if x.layout is not torch.strided or x.is_nested:
-        return "the input is not a dense tensor"
-    call = read_parameters(module)
-    return call if isinstance(call, str) else operand_reason(x, call) or call
+    if reason := input_reason(x):
+        return reason
+    call = read_parameters(module, x)
+    if isinstance(call, str):
+        return call
+    if reason := operand_reason(x, call):
+        return reason
+    if isinstance(call.weight, Tensor):
+        return call
+    own = call.weight.compute_dtype or x.dtype
+    return call._replace(
+        out_dtype=cast_after(x), biases_after=own != (autocast_dtype(x) or x.dtype)
+    )
 
 
-def read_parameters(module: Any) -> LoraCall | str:
-    """What `module` computes, whatever its input, or why `lora_linear` does not."""
+def read_parameters(module: Any, x: Tensor | None = None) -> LoraCall | str:
+    """What `module` computes, or why `lora_linear` does not; x: the input, where there is one."""
     if module._disable_adapters:
         return "adapters are disabled"
     if module.merged_adapters:
         return "adapters are merged"
     if not module.cast_input_dtype_enabled:
         return "casting of the input is switched off"
-    base = module._modules["base_layer"]
-    if reason := _base_reason(base):
-        return reason
-    weight, base_bias = base.weight, base.bias
-    sources = [weight] if base_bias is None else [weight, base_bias]
+    base = read_base(module._modules["base_layer"], x, state_of(module))
+    if isinstance(base, str):
+        return base
+    sources = list(base.sources)
     adapters_a, adapters_b = module._modules["lora_A"]._modules, module._modules["lora_B"]._modules
     a_list, b_list, bias_list, factors, probabilities = [], [], [], [], []
     for name in module.active_adapters:
@@ -96,19 +155,9 @@ def read_parameters(module: Any) -> LoraCall | str:
         probabilities.append(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
     if not a_list:
         return "no active adapter on this module"
-    if type(base) is Conv1D:
-        weight = weight.t()
     return LoraCall(
-        weight, base_bias, a_list, b_list, bias_list, factors, probabilities, tuple(sources)
+        base.weight, base.bias, a_list, b_list, bias_list, factors, probabilities, tuple(sources)
     )
-
-
-def _base_reason(base: nn.Module) -> str | None:
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
-        return f"the base layer is a {type(base).__name__}"
-    if reason := bypass_reason(base):
-        return f"the base layer {reason}"
-    return None
 
 
 def _adapter_reason(module: Any, name: str, a: Any, b: Any, dropout: Any) -> str | None:
@@ -134,27 +183,35 @@ def _adapter_reason(module: Any, name: str, a: Any, b: Any, dropout: Any) -> str
 
 def operand_reason(x: Tensor, call: LoraCall) -> str | None:
     """What `lora_linear` does not take, or PEFT gives another meaning: kinds, devices, dtypes."""
-    device, dtype = x.device, x.dtype
-    if device.type == "meta" or not dtype.is_floating_point:
-        return f"the input is {dtype} on {device.type}"
-    base_dtypes: tuple[torch.dtype, ...] = (dtype,)
-    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        base_dtypes = _AUTOCAST_CASTS
+    autocast = autocast_dtype(x)
+    dtype = autocast or x.dtype
+    cast_dtypes = (dtype,) if autocast is None else SHORT_DTYPES
     for name, values, dtypes in (
-        ("the base layer's weight", (call.weight,), base_dtypes),
-        ("the base layer's bias", (call.base_bias,), base_dtypes),
+        *_base_operands(call, cast_dtypes),
         ("lora_A", call.lora_a, (dtype, torch.float32)),
         ("lora_B", call.lora_b, (dtype, torch.float32)),
-        ("lora_B's bias", call.lora_bias, base_dtypes),
+        ("lora_B's bias", call.lora_bias, cast_dtypes),
     ):
         for value in values:
             if value is None:
                 continue
-            if type(value) not in _PLAIN_TENSORS:
+            if type(value) not in PLAIN_TENSORS:
                 return f"{name} is a {type(value).__name__}"
-            if value.device != device:
-                return f"{name} is on {value.device}, the input on {device}"
+            if value.device != x.device:
+                return f"{name} is on {value.device}, the input on {x.device}"
             if value.dtype not in dtypes:
                 return f"{name} is {value.dtype}, the input {x.dtype}"
-    return None
+    return None if isinstance(call.weight, Tensor) else four_bit_reason(x, call.weight)
+
+
+def _base_operands(
+    call: LoraCall, dtypes: tuple[torch.dtype, ...]
+) -> list[tuple[str, Sequence[Tensor | None], tuple[torch.dtype, ...]]]:
+    """The base layer's dense operands by name, each with the dtypes that it may have."""
+    bias = (call.base_bias,)
+    if isinstance(call.weight, Tensor):
+        return [
+            ("the base layer's weight", (call.weight,), dtypes),
+            ("the base layer's bias", bias, dtypes),
+        ]
+    return [("the base layer's bias", bias, SHORT_DTYPES)]

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
-from peftfast.patching.forwards import replaced_forward
+from peftfast.ops import lora_linear
+from peftfast.patching.bases import read_base, view_of
+from peftfast.patching.forwards import replaced_forwards
+from peftfast.patching.fused import fused_forward
 from peftfast.patching.handlers import Comparison
 from peftfast.patching.lora_call import LoraCall, operand_reason, read_call, read_parameters
-from peftfast.patching.state import KEY, State
-from peftfast.patching.surroundings import transform_reason
+from peftfast.patching.probe import (
+    ROWS,
+    Normal,
+    compared,
+    elsewhere,
+    normal_on,
+    one_element,
+    shallow,
+)
+from peftfast.patching.state import State, state_of
 
-_PROBE_ROWS = 4
-_ROUNDINGS = 16
+
+def compute(module: Any, state: State, call: LoraCall, x: Tensor) -> Tensor:
+    """A fused LoRA linear's output, together with its siblings where it has any."""
+    if state.siblings is None:
+        return call.output(x, state.impl)
+    return state.siblings.compute(module, state, call, x, read_call)
 
 
 class FusedLoraLinear(lora.Linear):
@@ -29,39 +43,18 @@ class FusedLoraLinear(lora.Linear):
     reason.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state: State | None = getattr(self, KEY, None)
-        if state is None:  # unpatched, while something still holds this bound method
-            return lora.Linear.forward(self, x, *args, **kwargs)
-        compiling = torch.compiler.is_compiling()
-        reason: str | None = None
-        if args or kwargs:
-            reason = "called with arguments besides the input"
-        elif not compiling:
-            reason = transform_reason()
-        elif not torch.compiler.is_dynamo_compiling():  # is_exporting() is wrong in torch 2.11
-            reason = "inside torch.export"
-        call = read_call(self, x) if reason is None else reason
-        if isinstance(call, str):
-            if not compiling:
-                state.delegated(call)
-            return lora.Linear.forward(self, x, *args, **kwargs)
-        if compiling:
-            return call.run(x, state.impl)
-        if state.siblings is None:
-            y = call.run(x, state.impl)
-        else:
-            y = state.siblings.compute(self, state, call, x, read_call)
-        state.hits += 1
-        return y
+    forward = fused_forward(lora.Linear, read_call, compute)
 
 
-class PeftLoraLinear:
-    """The handler of `peft.tuners.lora.Linear`."""
+class PeftLora:
+    """The handler of one of PEFT's LoRA linears, `source`, fused as `fused`."""
 
     op = "lora_linear"
-    source: type[nn.Module] = lora.Linear
-    fused: type[nn.Module] = FusedLoraLinear
+    has_siblings = True
+
+    def __init__(self, source: type[nn.Module], fused: type[nn.Module]) -> None:
+        self.name = f"peft's lora.{source.__name__}"
+        self.source, self.fused = source, fused
 
     def unsupported(self, module: Any) -> list[str]:
         """Why no op computes what this module does, whatever state it is in."""
@@ -76,25 +69,20 @@ class PeftLoraLinear:
 
     def obstacles(self, module: Any) -> list[str]:
         """Why this instance can't be fused as it is now, though its kind can."""
-        reasons = []
-        if lora.Linear.forward.__module__ != lora.Linear.__module__:
-            reasons.append(f"lora.Linear.forward was replaced, by {lora.Linear.forward.__module__}")
-        if reason := replaced_forward(module, type(module).forward):
-            reasons.append(reason)
-        call = read_parameters(_enabled(module))
+        reasons = replaced_forwards(module, self.source, self.name)
+        call = read_parameters(self._enabled(module))
         if isinstance(call, str):
             return [*reasons, call]
-        if not _elsewhere(module):
-            weight = call.weight
-            x = torch.empty(0, module.in_features, dtype=weight.dtype, device=weight.device)
-            with torch.autocast(weight.device.type, enabled=False):
+        if not elsewhere(module):
+            x = torch.empty(0, module.in_features, dtype=call.dtype, device=call.weight.device)
+            with torch.autocast(x.device.type, enabled=False):
                 reason = operand_reason(x, call)
             if reason:
                 reasons.append(reason)
         return reasons
 
     def compare(self, module: Any, impl: str) -> Comparison:
-        """The fused op's output against PEFT's own forward on a small random input.
+        """The fused op's output against PEFT's own forward on small random inputs.
 
         Both take random A and B in place of the module's own (B is zero at first, and would show
         nothing), with dropout off. The module, its parameters, its flags and every random
@@ -103,79 +91,78 @@ class PeftLoraLinear:
         Raises:
             ImplUnavailable: `impl` was named and can't serve this module.
         """
-        if unchecked := _elsewhere(module):
+        if unchecked := elsewhere(module):
             return Comparison(unchecked=unchecked)
-        weight = module.get_base_layer().weight
-        generator = torch.Generator(weight.device).manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=weight.device)
-
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            x = normal(_PROBE_ROWS, module.in_features).to(weight.dtype)
-            plain = _enabled(module)
-            base_spread = plain.base_layer(x).float().std().item()
-            probe = _with_random_adapters(plain, normal, base_spread)
-            call = read_call(probe, x)
-            if not isinstance(call, LoraCall):
-                return Comparison(difference=call)
-            expected = lora.Linear.forward(probe, x)
-            got = call.run(x, impl)
-        if not bool(expected.isfinite().all()):
-            return Comparison(unchecked="PEFT's own output is not finite on a random input")
-        if got.shape != expected.shape or got.dtype != expected.dtype:
-            shapes = [f"{t.dtype} {list(t.shape)}" for t in (expected, got)]
-            return Comparison(difference="its output is {1}, PEFT's {0}".format(*shapes))
-        largest = expected.double().abs().max().item()
-        apart = (got.double() - expected.double()).abs().max().item()
-        allowed = _ROUNDINGS * max(_rounding(t) for t in call.sources) * largest
-        if not apart <= allowed:
-            return Comparison(
-                difference=f"its output differs from PEFT's by {apart:.2e} on a random input"
-                f" (allowed: {allowed:.2e})"
-            )
+        plain = self._enabled(module)
+        call = read_parameters(plain)
+        if isinstance(call, str):
+            return Comparison(difference=call)
+        device = call.weight.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for dtype in call.input_dtypes():
+                normal = normal_on(device)
+                x = normal(ROWS, module.in_features).to(dtype)
+                probe = self._with_random_adapters(plain, normal, x)
+                own = read_call(probe, x)
+                if isinstance(own, str):
+                    if dtype != call.dtype:
+                        continue  # an input that PEFT's forward would be called for
+                    return Comparison(difference=own)
+                expected, got = self.source.forward(probe, x), own.output(x, impl)
+                found = compared(expected, got, own.rounded_to(x), "PEFT")
+                if found != Comparison():
+                    return found
         return Comparison()
 
+    def prepare(self, module: Any) -> None:
+        """Look at what a compiled call of this module, fused now, could not look at."""
+        read_base(module._modules["base_layer"], None, state_of(module))
 
-def _elsewhere(module: Any) -> str:
-    """Why there are no values to compute with now, though a call may bring them; "" else."""
-    for parameter in module.parameters():
-        if parameter.device.type == "meta":
-            return "parameters are on the meta device"
-        if isinstance(parameter, FakeTensor):
-            return "parameters are fake tensors"
-        if isinstance(parameter, DTensor):
-            return "parameters are sharded"
-    return ""
+    def require(self, impl: str, modules: Iterable[Any]) -> None:
+        """Raise ImplUnavailable where `impl`, asked for by name, can't serve these modules."""
+        kinds = {}
+        for module in modules:
+            call = read_parameters(self._enabled(module))
+            if isinstance(call, LoraCall) and call.weight.device.type != "meta":
+                kinds[call.weight.device, call.dtype, type(call.weight)] = call
+        for (device, dtype, _), call in kinds.items():
+            one = torch.ones(1, 1, device=device, dtype=dtype)
+            weight = one if isinstance(call.weight, Tensor) else one_element(call.weight)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                lora_linear(one, weight, None, one, one, 1.0, impl=impl)
 
+    def _enabled(self, module: Any) -> Any:
+        """A view of `module` with every plain adapter active, nothing merged or disabled."""
+        names = [name for name in module.lora_A if name not in module.lora_variant]
+        return shallow(
+            module,
+            self.source,
+            _disable_adapters=False,
+            merged_adapters=[],
+            _active_adapter=names,
+            _modules={**module._modules, "base_layer": view_of(module._modules["base_layer"])},
+        )
 
-def _enabled(module: Any) -> Any:
-    """A view of `module` with every plain adapter active, nothing merged and nothing disabled."""
-    names = [name for name in module.lora_A if name not in module.lora_variant]
-    return _shallow(
-        module, lora.Linear, _disable_adapters=False, merged_adapters=[], _active_adapter=names
-    )
-
-
-def _with_random_adapters(module: Any, normal: Any, base_spread: float) -> Any:
-    """A view of `module` with random adapters that contribute about as much as the base layer."""
-    lora_a: dict[str, nn.Module] = {}
-    lora_b: dict[str, nn.Module] = {}
-    dropout: dict[str, nn.Module] = {}
-    for name in module.active_adapters:
-        a, b = module.lora_A[name], module.lora_B[name]
-        rank = a.weight.shape[0]
-        scale = (base_spread or 1.0) / (abs(module.scaling[name]) or 1.0)
-        lora_a[name] = _with_weights(a, normal(*a.weight.shape) / math.sqrt(module.in_features))
-        bias = None if b.bias is None else normal(*b.bias.shape) * scale
-        lora_b[name] = _with_weights(b, normal(*b.weight.shape) * scale / math.sqrt(rank), bias)
-        dropout[name] = nn.Identity()
-    modules = {
-        "lora_A": nn.ModuleDict(lora_a),
-        "lora_B": nn.ModuleDict(lora_b),
-        "lora_dropout": nn.ModuleDict(dropout),
-    }
-    return _shallow(module, lora.Linear, _modules={**module._modules, **modules})
+    def _with_random_adapters(self, module: Any, normal: Normal, x: Tensor) -> Any:
+        """A view of `module` with random adapters that give about as much as its base layer."""
+        base_spread = module.base_layer(x).float().std().item() or 1.0
+        lora_a: dict[str, nn.Module] = {}
+        lora_b: dict[str, nn.Module] = {}
+        dropout: dict[str, nn.Module] = {}
+        for name in module.active_adapters:
+            a, b = module.lora_A[name], module.lora_B[name]
+            rank = a.weight.shape[0]
+            scale = base_spread / (abs(module.scaling[name]) or 1.0)
+            lora_a[name] = _with_weights(a, normal(*a.weight.shape) / math.sqrt(module.in_features))
+            bias = None if b.bias is None else normal(*b.bias.shape) * scale
+            lora_b[name] = _with_weights(b, normal(*b.weight.shape) * scale / math.sqrt(rank), bias)
+            dropout[name] = nn.Identity()
+        modules = {
+            "lora_A": nn.ModuleDict(lora_a),
+            "lora_B": nn.ModuleDict(lora_b),
+            "lora_dropout": nn.ModuleDict(dropout),
+        }
+        return shallow(module, self.source, _modules={**module._modules, **modules})
 
 
 def _with_weights(linear: Any, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
@@ -185,19 +172,8 @@ def _with_weights(linear: Any, weight: Tensor, bias: Tensor | None = None) -> nn
         if bias is None
         else nn.Parameter(bias.to(linear.bias.dtype), requires_grad=False),
     }
-    return _shallow(linear, type(linear), _parameters=parameters)
+    view: nn.Module = shallow(linear, type(linear), _parameters=parameters)
+    return view
 
 
-def _shallow(module: Any, kind: type[nn.Module], **replaced: Any) -> Any:
-    """A second object over `module`'s attributes, some replaced, without a forward of its own."""
-    other = kind.__new__(kind)
-    own = ("forward", "_old_forward", "_hf_hook", KEY)
-    other.__dict__ = {k: v for k, v in module.__dict__.items() if k not in own} | replaced
-    return other
-
-
-def _rounding(parameter: Tensor) -> float:
-    """One relative rounding; on a GPU float32 products may be in TF32, which has 10 bits."""
-    if parameter.dtype == torch.float32 and parameter.device.type == "cuda":
-        return 2.0**-10
-    return torch.finfo(parameter.dtype).eps
+HANDLERS = [PeftLora(lora.Linear, FusedLoraLinear)]

@@ -1,4 +1,4 @@
-"""`report`: every tuner layer of a model, fused with which op, or not and why."""
+"""`report`: every tuner layer and 4-bit linear of a model, fused with which op, or not and why."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class FusedModule:
         siblings: the paths of the modules computed in one call with it, in the order of their
             calls; empty where there are none, or none were observed yet.
         hits: eager calls that the fused op answered (compiled calls are not counted).
-        delegations: eager calls left to PEFT's own forward, by reason.
-        note: what else to know: not compared with PEFT's forward, or siblings given up; "" as a
+        delegations: eager calls left to the layer's own forward, by reason.
+        note: what else to know: not compared with its own forward, or siblings given up; "" as a
             rule.
     """
 
@@ -44,7 +44,7 @@ class FusedModule:
 
 @dataclasses.dataclass(frozen=True)
 class NotFusedModule:
-    """A tuner layer that runs PEFT's own forward, and why."""
+    """A layer that runs its own forward, PEFT's or bitsandbytes', and why."""
 
     path: str
     type: str
@@ -79,7 +79,7 @@ class PatchReport:
             if table is not None:
                 console.print(table)
         if not self.fused and not self.not_fused:
-            console.print("No PEFT tuner layer in this model.")
+            console.print("No PEFT tuner layer and no 4-bit linear in this model.")
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -87,7 +87,8 @@ def report(model: nn.Module) -> PatchReport:
     """Which modules of `model` are fused, and why others are not.
 
     Args:
-        model: any module; its PEFT tuner layers are listed, patched or not.
+        model: any module; its PEFT tuner layers are listed, patched or not, and the linears of
+            bitsandbytes that no tuner layer is on.
 
     Raises:
         TypeError: `model` is not a module.
@@ -106,7 +107,7 @@ def report(model: nn.Module) -> PatchReport:
 
 
 def _fused(candidate: Candidate, state: State, op: str, paths: dict[int, str]) -> FusedModule:
-    notes = [f"not compared with PEFT's forward: {state.unchecked}"] if state.unchecked else []
+    notes = [f"not compared with its own forward: {state.unchecked}"] if state.unchecked else []
     siblings: tuple[str, ...] = ()
     if state.group is not None and state.group.stopped:
         notes.append(f"siblings given up: {state.group.stopped}")

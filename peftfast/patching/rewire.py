@@ -7,10 +7,8 @@ import warnings
 from collections.abc import Iterable
 from typing import TypeVar
 
-import torch
 from torch import nn
 
-from peftfast.ops import lora_linear
 from peftfast.ops.dispatch import Impl, parse_impl
 from peftfast.patching.forwards import rebind
 from peftfast.patching.handlers import handler_of
@@ -29,23 +27,24 @@ def patch(
     strict: bool = False,
     verify: bool = True,
 ) -> Model:
-    """Rewire the PEFT layers of `model` onto the fused ops, in place.
+    """Rewire the PEFT layers and the 4-bit linears of `model` onto the fused ops, in place.
 
     Only instances are changed: of each recognised module the class, to a subclass, and one
     attribute. Parameters, state_dict keys, hooks and everything that PEFT does with its layers stay
-    as they were; where PEFT's forward would compute something else than the op does, PEFT's forward
-    runs. Calling it again takes modules that were added since, and applies `impl` and `exclude` to
-    the others.
+    as they were; where a layer's own forward, PEFT's or bitsandbytes', would compute something else
+    than the op does, that forward runs. Calling it again takes modules that were added since, and
+    applies `impl` and `exclude` to the others.
 
     Args:
-        model: a model with PEFT adapters, anything that contains them, or a part of it.
+        model: a model with PEFT adapters or 4-bit linears of bitsandbytes, anything that contains
+            them, or a part of it.
         impl: "auto", "triton", "native" or "reference", as the ops take it.
         exclude: which modules to leave alone: glob patterns over module paths ("*.layers.0.*"), or
             whole names at a path's end ("q_proj", "mlp.down_proj").
         strict: raise where a module that could be fused is not (modules of a kind that no op
             serves, and excluded ones, don't count), or where there is nothing to fuse.
-        verify: compare each module's fused output with PEFT's own on a small random input first,
-            and leave a module alone where they differ by more than rounding; the reason is in the
+        verify: compare each module's fused output with its own on small random inputs first, and
+            leave a module alone where they differ by more than rounding; the reason is in the
             report.
 
     Returns:
@@ -75,6 +74,10 @@ def patch(
     chosen = [candidate for candidate in open_to if candidate.path not in left]
     if strict:
         _require_all(candidates, chosen, left, excluded)
+    listed = {id(candidate.module) for candidate in candidates}
+    for module in model.modules():
+        if id(module) not in listed:  # fused, until an adapter was put on it
+            restore(module)
     for candidate in candidates:
         if candidate.path in left or candidate.state is None:
             restore(candidate.module)
@@ -117,7 +120,7 @@ def restore(module: nn.Module) -> None:
     else:
         warnings.warn(
             f"{type(module).__name__} was derived from {handler.fused.__name__} by other code after"
-            " patch: the class is left in place, and runs PEFT's own forward from now on",
+            " patch: the class is left in place, and runs the original's forward from now on",
             stacklevel=3,
         )
     rebind(module, handler.fused.forward, handler.source.forward)
@@ -132,13 +135,16 @@ def _fuse(candidate: Candidate, impl: str, unchecked: str) -> None:
     module.__dict__[KEY] = State(impl, unchecked)
     module.__class__ = handler.fused
     rebind(module, handler.source.forward, handler.fused.forward)
+    handler.prepare(module)
 
 
 def _join_siblings(chosen: list[Candidate]) -> None:
     """Let the fused children of one parent share a record, in which siblings find each other."""
     families: dict[str, list[State]] = {}
     for candidate in chosen:
-        if candidate.path and candidate.state is not None:
+        handler = candidate.handler
+        assert handler is not None
+        if candidate.path and handler.has_siblings and candidate.state is not None:
             families.setdefault(candidate.parent, []).append(candidate.state)
     for states in families.values():
         known = {id(state.siblings) for state in states}
@@ -155,15 +161,13 @@ def _impl_name(impl: str | Impl) -> str:
 
 def _require_impl(impl: str, candidates: list[Candidate]) -> None:
     """Raise ImplUnavailable where an implementation asked for by name can't serve these modules."""
-    kinds = {
-        (w.device, w.dtype)
-        for c in candidates
-        if (w := c.module.get_base_layer().weight).device.type != "meta"
-    }
-    for device, dtype in kinds:
-        one = torch.ones(1, 1, device=device, dtype=dtype)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            lora_linear(one, one, None, one, one, 1.0, impl=impl)
+    kinds: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        kinds.setdefault(id(candidate.handler), []).append(candidate)
+    for alike in kinds.values():
+        handler = alike[0].handler
+        assert handler is not None
+        handler.require(impl, [candidate.module for candidate in alike])
 
 
 def _excluded(candidates: list[Candidate], exclude: Iterable[str]) -> dict[str, str]:
@@ -180,7 +184,7 @@ def _excluded(candidates: list[Candidate], exclude: Iterable[str]) -> dict[str, 
         matches = [c.path for c in candidates if _matches(c.path, pattern)]
         if not matches:
             raise ValueError(
-                f"exclude: {pattern!r} matches none of the {len(candidates)} adapter layers; it is"
+                f"exclude: {pattern!r} matches none of the {len(candidates)} layers; it is"
                 " matched against their whole path, as a glob pattern ('*.layers.0.*'), or names"
                 " the path's last parts ('mlp.down_proj')"
             )
@@ -216,10 +220,10 @@ def _require_all(
 
 def _nothing_fused(candidates: list[Candidate], left: dict[str, str]) -> str:
     if not candidates:
-        return "nothing was fused: the model has no PEFT adapter layer"
+        return "nothing was fused: the model has no PEFT adapter layer and no 4-bit linear"
     first = candidates[0]
     reasons = left.get(first.path) or "; ".join(first.unsupported + first.obstacles)
     return (
-        f"nothing was fused: none of the {len(candidates)} adapter layers qualifies; the first,"
+        f"nothing was fused: none of the {len(candidates)} layers qualifies; the first,"
         f" {first.path!r}: {reasons} (peftfast.report lists all)"
     )

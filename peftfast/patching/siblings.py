@@ -63,7 +63,7 @@ class Siblings:
         `call` holds its operands, and `read` reads those of the other members.
         """
         if torch.is_inference_mode_enabled() or x.is_inference() or not state.owned_by(module):
-            return call.run(x, state.impl)
+            return call.output(x, state.impl)
         if state.group is not None and state.index > 0:
             handed = state.group.hand_out(state.index, x, call)
             if handed is not None:
@@ -82,7 +82,7 @@ class Siblings:
                 return group.compute(calls, x, state.impl, recomputing)
         y = call.run(x, state.impl)
         self.record(y, call.drops(), recomputing)
-        return y
+        return call.finish(y)
 
     def settle(self) -> None:
         """Let groups formed or given up take effect, unless a forward may still be recomputed."""
@@ -200,9 +200,9 @@ class Group:
             impl=impl,
         )
         self._siblings.record(first, any(call.drops() for call in calls), recomputing)
-        first, watch = self._watch(first, x, thread)
+        first, watch = self._watch(calls[0].finish(first), x, thread)
         outputs = {
-            index: (y, call, _versions(call))
+            index: (call.finish(y), call, _versions(call))
             for index, (y, call) in enumerate(zip(others, calls[1:], strict=True), start=1)
         }
         self.calls += 1
@@ -270,18 +270,18 @@ def _difference(
     same = len(computed.sources) == len(call.sources) and all(
         one is other for one, other in zip(computed.sources, call.sources, strict=True)
     )
-    settings = (computed.scaling, computed.dropout_p) == (call.scaling, call.dropout_p)
-    if not same or not settings or versions != _versions(call):
+    if not same or computed.settings != call.settings or versions != _versions(call):
         return "a weight or an adapter changed between the calls"
     return None
 
 
 def _versions(call: LoraCall) -> list[Any]:
     """Version and requires_grad of every parameter that a call reads."""
-    return [
-        (0 if source.is_inference() else source._version, source.requires_grad)
-        for source in call.sources
-    ]
+    with torch._C.DisableTorchFunctionSubclass():  # 4-bit parameters have a slow one
+        return [
+            (0 if source.is_inference() else source._version, source.requires_grad)
+            for source in call.sources
+        ]
 
 
 def _awaits_backward(ref: weakref.ref[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What `patch` keeps on a module: one plain object in its `__dict__`, no tensor, no module."""
+"""What `patch` keeps on a module: one plain object in its `__dict__`, which owns no tensor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    from peftfast.patching.four_bit import Checked
     from peftfast.patching.siblings import Group, Siblings
 
 KEY = "_peftfast"
@@ -22,11 +23,12 @@ class State:
 
     Attributes:
         impl: the implementation asked for, passed to the op at each call.
-        unchecked: why the module was not compared with PEFT's forward when it was patched; "" where
-            it was.
+        unchecked: why the module was not compared with its own forward when it was patched; ""
+            where it was.
         hits: eager calls that the fused op answered.
         shared: those of `hits` whose output an earlier sibling's call had computed.
-        delegations: eager calls left to PEFT's own forward, by reason.
+        delegations: eager calls left to the module's own forward, by reason.
+        checked: what was found of the module's 4-bit weight, if it has one.
         siblings: shared by the fused modules of one parent; None where there is only one.
         group, index: the module's place among siblings that read one input, once that was observed.
     """
@@ -41,6 +43,7 @@ class State:
         self.hits = 0
         self.shared = 0
         self.delegations: dict[str, int] = {}
+        self.checked: Checked | None = None
         self.group: Group | None = None
         self.index = 0
         self._owner: weakref.ref[nn.Module] | None = None
@@ -64,7 +67,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class LeftAlone:
-    """The record on a module that could be fused and was not: excluded, or unlike PEFT's."""
+    """The record on a module that could be fused and was not: excluded, or its op differs."""
 
     reason: str
 

@@ -376,30 +376,32 @@ def test_convolutions_and_other_tuners_are_reported() -> None:
     assert "peft.tuners.ia3.layer.Linear over Linear has no fused op" in entry.reasons[0]
 
 
-def test_quantised_bases_are_reported() -> None:
+def test_other_quantised_bases_are_reported() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from peft import get_peft_model
     from torch import nn
 
     class Quantised(nn.Module):
-        is_loaded_in_4bit = is_loaded_in_8bit = True
+        is_loaded_in_8bit = True
 
         def __init__(self) -> None:
             super().__init__()
-            self.four = bitsandbytes.nn.Linear4bit(32, 32, quant_type="nf4")
             self.eight = bitsandbytes.nn.Linear8bitLt(32, 32, has_fp16_weights=False)
+            self.bare = bitsandbytes.nn.Linear8bitLt(32, 32, has_fp16_weights=False)
             self.plain = nn.Linear(32, 32)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.plain(self.four(x))
+            return self.plain(self.bare(self.eight(x)))
 
-    targets = ["four", "eight", "plain"]
-    model = get_peft_model(Quantised().to("cpu"), LoraConfig(r=2, target_modules=targets))
+    config = LoraConfig(r=2, target_modules=["eight", "plain"])
+    model = get_peft_model(Quantised().to("cpu"), config)
     peft = copy_of(model)
     found = report(patch(model, strict=True))
     assert [entry.path.rpartition(".")[2] for entry in found.fused] == ["plain"]
-    reasons = [entry.reasons[0] for entry in found.not_fused]
-    assert "LoRA over Linear4bit (peft.tuners.lora.bnb.Linear4bit) has no fused op" in reasons
-    assert "LoRA over Linear8bitLt (peft.tuners.lora.bnb.Linear8bitLt) has no fused op" in reasons
+    reasons = {entry.path.rpartition(".")[2]: entry.reasons for entry in found.not_fused}
+    assert reasons == {
+        "eight": ("LoRA over Linear8bitLt (peft.tuners.lora.bnb.Linear8bitLt) has no fused op",),
+        "bare": ("bitsandbytes.nn.modules.Linear8bitLt has no fused op",),
+    }
     x = torch.randn(3, 32)
     torch.testing.assert_close(model(x), peft(x))

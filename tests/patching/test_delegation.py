@@ -359,9 +359,10 @@ def test_wrong_shape() -> None:
 def test_impl_that_can_no_longer_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """An explicit request never falls back."""
     fused, _ = pair()
-    monkeypatch.setenv("PEFTFAST_IMPL", "native")
+    fused.double()
+    monkeypatch.setenv("PEFTFAST_IMPL", "triton")
     with pytest.raises(ImplUnavailable):
-        fused(torch.randn(2, 32))
+        fused(torch.randn(2, 32, dtype=torch.float64))
 
 
 def test_generation_with_a_prompt_cache_has_no_delegations() -> None:

@@ -29,7 +29,7 @@ class Family:
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _decoder(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+def decoder(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     defaults = dict(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -49,21 +49,21 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_decoder("LlamaForCausalLM", "LlamaConfig"), _ATTENTION + _MLP, 14, 4),
-    "mistral": Family(_decoder("MistralForCausalLM", "MistralConfig"), _ATTENTION + _MLP, 14, 4),
-    "qwen2": Family(_decoder("Qwen2ForCausalLM", "Qwen2Config"), _ATTENTION + _MLP, 14, 4),
+    "llama": Family(decoder("LlamaForCausalLM", "LlamaConfig"), _ATTENTION + _MLP, 14, 4),
+    "mistral": Family(decoder("MistralForCausalLM", "MistralConfig"), _ATTENTION + _MLP, 14, 4),
+    "qwen2": Family(decoder("Qwen2ForCausalLM", "Qwen2Config"), _ATTENTION + _MLP, 14, 4),
     "qwen3": Family(
-        _decoder("Qwen3ForCausalLM", "Qwen3Config", head_dim=12), _ATTENTION + _MLP, 14, 4
+        decoder("Qwen3ForCausalLM", "Qwen3Config", head_dim=12), _ATTENTION + _MLP, 14, 4
     ),
     "gemma3": Family(
-        _decoder(
+        decoder(
             "Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=16, query_pre_attn_scalar=16,
             sliding_window=4, layer_types=["sliding_attention", "full_attention"],
         ),
         _ATTENTION + _MLP, 14, 4,
     ),
     "phi3": Family(
-        _decoder("Phi3ForCausalLM", "Phi3Config"),
+        decoder("Phi3ForCausalLM", "Phi3Config"),
         ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), 8,
     ),
     "gpt2": Family(
@@ -116,7 +116,7 @@ FAMILIES: dict[str, Family] = {
         ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), 36, 10, seq2seq=True,
     ),
     "qwen3_moe": Family(
-        _decoder(
+        decoder(
             "Qwen3MoeForCausalLM", "Qwen3MoeConfig", head_dim=8, num_experts=4,
             num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1,
             experts_implementation="eager",
