@@ -37,6 +37,10 @@ class LoRALinear(nn.Module):
             is neither W's nor float32, or an unknown impl.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    base: NF4Linear | None
+
     def __init__(
         self,
         in_features: int,
@@ -100,10 +104,10 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.dropout, self.impl, self.merged = dropout, impl, False
-        quantised = isinstance(linear, NF4Linear)
-        self.base = linear if quantised else None
-        self.register_parameter("weight", None if quantised else linear.weight)
-        self.register_parameter("bias", None if quantised else linear.bias)
+        self.base = linear if isinstance(linear, NF4Linear) else None
+        dense = None if isinstance(linear, NF4Linear) else linear
+        for name in ("weight", "bias"):
+            self.register_parameter(name, None if dense is None else getattr(dense, name))
         for parameter in linear.parameters():
             parameter.requires_grad_(False)
         self._unmerged: NF4Weight | None = None

@@ -40,6 +40,9 @@ class NF4Linear(nn.Module):
             float16 or float32.
     """
 
+    packed: Tensor
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,

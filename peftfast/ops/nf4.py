@@ -268,9 +268,9 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device, asked: Impl) -> torch.d
     others = (Impl.REFERENCE, Impl.TRITON)
     if device.type != "cpu" or asked in others or native_reasons(device):
         return None
-    from peftfast.native import lora as native
+    from peftfast.native.lora import gemm_dtype as fastest
 
-    wide = native.gemm_dtype(dtype, device)
+    wide = fastest(dtype, device)
     return None if wide == dtype else wide
 
 
