@@ -5,6 +5,7 @@ float32 where the CPU has no instructions for products of 16-bit numbers.
 from __future__ import annotations
 
 import functools
+import platform
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _has_products_of(dtype: torch.dtype) -> bool:
-    if not torch.backends.cpu.get_cpu_capability().startswith(("AVX", "DEFAULT")):
-        return True  # no x86: torch's own choice
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True  # torch's own choice
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:

@@ -11,6 +11,13 @@ from peftfast.native import library
 from peftfast.native.library import DTYPES, QUANT_TYPES
 
 _NESTED_BLOCK = 256
+_GEMV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Measured against dequantising into a warm buffer and float32's GEMM: for weights whose dense form
+# stays in a core's cache, and for those of _LARGE elements and more.
+_CPU_ROWS = {"portable": (1, 4), "avx2": (4, 8), "avx512": (4, 20)}
+_LARGE = 1 << 20
+# The rows of x for which the CUDA kernel decodes W once.
+_CUDA_ROWS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 4}
 
 
 def quantize_blocks(w: Tensor, block_size: int, quant_type: str) -> tuple[Tensor, Tensor]:
@@ -134,8 +141,13 @@ def gemv(
 
 
 def few_rows(device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> int:
-    """The most rows at which `gemv` beats dequantising and a GEMM."""
-    return 0
+    """The most rows at which `gemv` beats dequantising and a GEMM; 0: never."""
+    if dtype not in _GEMV_DTYPES:
+        return 0
+    if device.type == "cuda":
+        return _CUDA_ROWS[dtype]
+    small, large = _CPU_ROWS[library.isa()]
+    return large if in_features * out_features >= _LARGE else small
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:
