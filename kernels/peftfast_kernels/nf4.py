@@ -9,14 +9,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from peftfast_kernels import device as devices
+from peftfast_kernels import tiles
 from peftfast_kernels.launch import recording
 from peftfast_kernels.nf4_dequantize import dequantize
+from peftfast_kernels.nf4_gemv import gemv
 from peftfast_kernels.nf4_quantize import quantize_absmax, quantize_blocks
 from peftfast_kernels.variant import Variant
 
-__all__ = ["dequantize", "quantize_absmax", "quantize_blocks"]
+__all__ = ["dequantize", "few_rows", "gemv", "quantize_absmax", "quantize_blocks"]
 
 Scales = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def few_rows(device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> int:
+    """The most rows at which `gemv` beats dequantising and a GEMM here; 0: at none."""
+    return tiles.few_rows(devices.arch(device), dtype.itemsize, in_features)
 
 
 def aot_variants(arch: int) -> Iterator[Variant]:
@@ -35,5 +43,8 @@ def aot_variants(arch: int) -> Iterator[Variant]:
         quantize_absmax(empty(blocks), empty(256))
         for scales in (nested, plain):
             dequantize(packed, *scales, 64, "nf4", bf16, empty(n, dtype=bf16))
+        for rows, columns in ((1, 4096), (16, 4096), (1, 32000)):
+            x, out = empty(rows, 4096, dtype=bf16), empty(rows, columns, dtype=bf16)
+            gemv(x, packed, *nested, 64, "nf4", None, out)
     for launch in launches:
         yield launch.variant("bf16")

@@ -165,6 +165,39 @@ def quantize_tile(block_size: int) -> Tile:
     return Tile(4096 // block_size, block_size, 0, 4, 1)
 
 
+def gemv_tile(rows: int, columns: int, itemsize: int, even: bool, sms: int) -> Tile:
+    """Tile of a few rows times a 4-bit weight: block_m of x's, block_n of the weight's rows, and
+    block_k of the depth for each of the warps.
+
+    Every program reads all of x: 32 rows of the weight share that where enough programs are left.
+    """
+    block_m = 8 if rows <= 8 else 16
+    if itemsize == 4 or not even:
+        return Tile(block_m, 16, 32, 8, 1)
+    block_n = 32 if columns >= 4 * 32 * sms else 16
+    block_k = 128 if block_m * block_n == 128 else 64  # what fits in 128 registers a thread
+    return Tile(block_m, block_n, block_k, 8, 1)
+
+
+_FEW_ROWS = {80: 16, 86: 16, 89: 16, 90: 8, 100: 8}
+
+
+def few_rows(arch: int, itemsize: int, in_features: int) -> int:
+    """The most rows of x that multiply a 4-bit weight directly; above, it is dequantised first.
+
+    By arithmetic, until recorded rows say otherwise: dequantising and a GEMM move 4.5 bytes an
+    element of a weight, or 8.5 in float32; the direct kernel moves 0.53 and is bound by its
+    instructions, eight an element up to 16 rows (at 4096 x 4096 on an H200, 5 microseconds
+    against 18). bitsandbytes' own kernels win up to 64 rows on an H100, 128 on an A100 and 256 on
+    a 4090 by its thresholds. This stays at one tile of rows, and at half of one where memory is
+    fastest beside the instructions, as well as in float32, which has no tensor cores. Rows of W
+    that start within a group of 32 elements are read element by element, which wins nothing.
+    """
+    if in_features % 32:
+        return 0
+    return 8 if itemsize == 4 else _FEW_ROWS[table_arch(arch)]
+
+
 def join_dy_passes(rank: int, block_n: int, itemsize: int) -> bool:
     """Whether one pass over dy gives both g and dB.
 
