@@ -46,8 +46,8 @@ class Handler(Protocol):
     def require(self, impl: str, modules: Iterable[Any]) -> None: ...
 
 
-# Files with a list HANDLERS, and the package whose layers they handle. Where nothing has imported
-# that package there are no such layers, and it is not imported for their sake.
+# Files with a list HANDLERS, each with the package whose layers they handle. Where nothing has
+# imported that package there are no such layers, and it is not imported for their sake.
 _FILES = (
     ("peft_lora", "peft"),
     ("peft_lora_4bit", "bitsandbytes"),
@@ -57,7 +57,7 @@ _FILES = (
 
 def handlers() -> dict[type[nn.Module], Handler]:
     """The handlers by the exact type that they recognise."""
-    return _handlers(tuple(name for name, package in _FILES if package in sys.modules))
+    return _handlers(tuple(name for name, package in _FILES if sys.modules.get(package)))
 
 
 @functools.cache

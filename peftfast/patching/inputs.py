@@ -35,6 +35,8 @@ def four_bit_reason(x: Tensor, weight: NF4Weight) -> str | None:
         return f"the base layer's weight is on {weight.device}, the input on {x.device}"
     if x.dtype not in SHORT_DTYPES:
         return f"the input is {x.dtype}, over a 4-bit weight"
+    if x.shape[-1:] == weight.shape[:1] != weight.shape[1:]:
+        return "the input has as many features as the base layer puts out"
     autocast, own = autocast_dtype(x), weight.compute_dtype or x.dtype
     if autocast is not None and (autocast != own or x.dtype not in (autocast, torch.float32)):
         return f"the base layer computes in {own}, autocast in {autocast}, the input is {x.dtype}"
