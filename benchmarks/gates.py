@@ -56,8 +56,8 @@ class Gate:
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference||, in float64."""
-    exact = reference.double()
-    return float((value.double() - exact).norm() / exact.norm())
+    exact = reference.detach().double()
+    return float((value.detach().double() - exact).norm() / exact.norm())
 
 
 def gate(

@@ -111,7 +111,7 @@ def variants(config: Config) -> list[Variant]:
     return found
 
 
-class _Trainer:
+class Trainer:
     """A model, its optimizer, and the step that is timed."""
 
     def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
@@ -171,7 +171,7 @@ def check(config: Config, variant: Variant, device: torch.device) -> Gate:
     return checked
 
 
-def floor(base: nn.Module, trainer: _Trainer, ceilings: Ceilings) -> Floor:
+def floor(base: nn.Module, trainer: Trainer, ceilings: Ceilings) -> Floor:
     """FLOPs of one forward and backward as PyTorch counts them; bytes: the weights, read twice."""
     with FlopCounterMode(display=False) as counter:
         trainer.gradients(0)
@@ -200,7 +200,7 @@ def _time_config(config: Config, request: Request, ceilings: Ceilings) -> Outcom
         gates[variant.name] = check(config, variant, device)
     base = base_model(config.size, config.dtype, device)
     batches = token_batches(config.size, device, BATCHES)
-    trainers = {v.name: _Trainer(v.apply(base, config.dropout_p), batches) for v in chosen}
+    trainers = {v.name: Trainer(v.apply(base, config.dropout_p), batches) for v in chosen}
     calls: dict[str, Callable[[int], object]] = {n: t.step for n, t in trainers.items()}
     samples = 5 if request.quick else 15 if device.type == "cuda" else 9
     times = interleaved(calls, device, warmup=2 if request.quick else 3, samples=samples)
