@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -18,10 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftfast._version import __version__
-from peftfast.ops.dispatch import availability
+from peftfast.native import library
+from peftfast.ops.dispatch import Impl, availability
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
-SETTINGS = ("PEFTFAST_IMPL", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+SETTINGS = ("PEFTFAST_IMPL", library.ISA_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+COMPILERS = ("c++", "g++", "clang++")
 
 
 @dataclass(frozen=True)
@@ -48,45 +51,89 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Library:
+    """A native library; `missing` says why it can't be used, None where it can."""
+
+    name: str
+    description: str
+    missing: str | None
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """Everything that `peftfast doctor` prints.
 
-    `cxx_compiler` is its path; `torch_cuda` the CUDA version that torch was built for, None for a
-    build without CUDA. `implementations` maps each implementation to None where it can run here,
-    else to the reason. `registrations` maps a library to the names that peftfast has added to it.
+    `cxx_compiler` and `nvcc` are their paths, None where there is none; `torch_cuda` is the CUDA
+    version that torch was built for, None for a build without CUDA. `implementations` maps each
+    implementation to None where it can run here, else to the reason. `registrations` maps a
+    library to the names that peftfast has added to it. `wrong_settings` says which environment
+    variables have a value that can't be used.
     """
 
     peftfast: str
     python: str
     system: str
     cxx_compiler: str | None
+    nvcc: str | None
     torch_cuda: str | None
     packages: list[Package]
     devices: list[Device]
+    libraries: list[Library]
     implementations: dict[str, str | None]
     registrations: dict[str, list[str]]
     environment: dict[str, str | None]
+    wrong_settings: list[str]
 
     @property
     def problems(self) -> list[str]:
         """What keeps peftfast from working as its metadata promises; empty where nothing does."""
-        return [f"{p.name}: {p.problem}" for p in self.packages if p.problem]
+        packages = [f"{p.name}: {p.problem}" for p in self.packages if p.problem]
+        return packages + self.wrong_settings
 
 
 def diagnose() -> Diagnosis:
     """Look at this process's environment; changes nothing and imports no optional package."""
+    wrong_settings = []
+    try:
+        implementations = availability()
+    except ValueError as error:
+        implementations = {Impl.NATIVE.value: str(error)}
+        wrong_settings.append(str(error))
     return Diagnosis(
         peftfast=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cxx_compiler=shutil.which(os.environ.get("CXX", "g++")),
+        cxx_compiler=_found("CXX", COMPILERS),
+        nvcc=_found("NVCC", ("nvcc", "/usr/local/cuda/bin/nvcc")),
         torch_cuda=torch.version.cuda,
         packages=_packages(),
         devices=_devices(),
-        implementations=availability(),
+        libraries=[_library("cpu"), _library("cuda")],
+        implementations=implementations,
         registrations={"peft": [], "transformers": []},
         environment={name: os.environ.get(name) for name in SETTINGS},
+        wrong_settings=wrong_settings,
     )
+
+
+def _found(variable: str, names: tuple[str, ...]) -> str | None:
+    """The program that an environment variable names, else the first one found."""
+    asked = shlex.split(os.environ.get(variable, ""))[:1]
+    return next(filter(None, map(shutil.which, asked or names)), None)
+
+
+def _library(kind: str) -> Library:
+    name = library.path(kind).name
+    try:
+        missing = library.missing(kind)
+    except ValueError as error:
+        missing = str(error)
+    if missing:
+        return Library(name, "", missing)
+    if kind == "cuda":
+        return Library(name, "CUDA", None)
+    threading = library.cpu().pf_cpu_threading().decode()
+    return Library(name, f"C++, {library.isa()}, {threading}", None)
 
 
 def _packages() -> list[Package]:
@@ -132,10 +179,11 @@ def _devices() -> list[Device]:
 def render(diagnosis: Diagnosis, console: Console) -> None:
     """Print the diagnosis as tables."""
     compiler = diagnosis.cxx_compiler or "none found (torch.compile on the CPU needs one)"
+    nvcc = diagnosis.nvcc or "none found"
     cuda = f"for CUDA {diagnosis.torch_cuda}" if diagnosis.torch_cuda else "without CUDA"
     console.print(
         f"peftfast {diagnosis.peftfast}, Python {diagnosis.python}, {diagnosis.system}\n"
-        f"torch was built {cuda}; C++ compiler: {compiler}",
+        f"torch was built {cuda}; C++ compiler: {compiler}; nvcc: {nvcc}",
         highlight=False,
     )
     packages = Table("package", "version", "supported", "", title="Packages", title_justify="left")
@@ -150,14 +198,18 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
     for device in diagnosis.devices:
         memory = f"{device.memory_bytes / 2**30:.1f} GiB" if device.memory_bytes else "-"
         devices.add_row(device.name, escape(device.description), memory)
+    libraries = Table("library", "usable", "", title="Native libraries", title_justify="left")
+    for native in diagnosis.libraries:
+        details = escape(native.missing or native.description)
+        libraries.add_row(native.name, "no" if native.missing else "yes", details)
     implementations = Table("impl", "usable", "why not", title="Implementations")
     implementations.title_justify = "left"
     for name, reason in diagnosis.implementations.items():
         implementations.add_row(name, "no" if reason else "yes", escape(reason or ""))
-    for table in (packages, devices, implementations):
+    for table in (packages, devices, libraries, implementations):
         console.print(table)
-    for library, names in diagnosis.registrations.items():
-        console.print(f"registered with {library}: {', '.join(names) or 'none'}", highlight=False)
+    for host, names in diagnosis.registrations.items():
+        console.print(f"registered with {host}: {', '.join(names) or 'none'}", highlight=False)
     for name, value in diagnosis.environment.items():
         if value is not None:
             console.print(f"{name}={value}", highlight=False, markup=False)
@@ -174,7 +226,8 @@ def main(args: argparse.Namespace) -> int:
     """Print the diagnosis.
 
     Returns:
-        1 where a dependency is missing or outside the supported range, else 0.
+        1 where a dependency is missing or outside the supported range, or a setting is wrong;
+        else 0.
     """
     diagnosis = diagnose()
     if args.json:

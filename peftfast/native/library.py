@@ -136,8 +136,9 @@ def _load(kind: str) -> tuple[Any, str | None]:
     file = path(kind)
     if not file.exists():
         return None, (
-            f"{file.name} is not built: there was no {_COMPILER[kind]} when peftfast was"
-            f" installed, or it failed; reinstall with PEFTFAST_BUILD={kind} to build it or see why"
+            f"{file.name} is not built: when peftfast was installed there was no"
+            f" {_COMPILER[kind]}, or it failed, or PEFTFAST_BUILD left it out; reinstall with"
+            f" PEFTFAST_BUILD={kind} to build it or to see why not"
         )
     try:
         library = CDLL(str(file))

@@ -6,6 +6,7 @@ import io
 import json
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rich.console import Console
 
 import peftfast
 from peftfast import cli, doctor
+from peftfast.native import library
 from peftfast.ops.dispatch import availability
 
 
@@ -105,6 +107,66 @@ def test_settings_that_change_dispatch_are_shown(monkeypatch: pytest.MonkeyPatch
     text = rendered(diagnosis)
     assert "PEFTFAST_IMPL=reference" in text
     assert "CUDA_VISIBLE_DEVICES" not in text
+
+
+def test_native_libraries_are_described() -> None:
+    cpu, cuda = doctor.diagnose().libraries
+    assert (cpu.name, cuda.name) == ("libpeftfast_cpu.so", "libpeftfast_cuda.so")
+    for kind, found in (("cpu", cpu), ("cuda", cuda)):
+        assert found.missing == library.missing(kind)
+        assert bool(found.description) == (found.missing is None)
+    if cpu.missing is None:
+        assert cpu.description == f"C++, {library.isa()}, OpenMP"
+
+
+def test_a_library_that_is_not_built_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    library._load.cache_clear()
+    try:
+        text = rendered(doctor.diagnose())
+    finally:
+        library._load.cache_clear()
+    (row,) = (line for line in text.splitlines() if "libpeftfast_cuda.so is not" in line)
+    assert row.split()[1:4:2] == ["libpeftfast_cuda.so", "no"]
+    assert "PEFTFAST_BUILD=cuda" in text
+
+
+def test_a_wrong_instruction_set_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if reason := library.missing("cpu"):
+        pytest.skip(reason)
+    monkeypatch.setenv("PEFTFAST_CPU_ISA", "mmx")
+    library._load.cache_clear()
+    try:
+        assert cli.main(["doctor", "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert cli.main(["doctor"]) == 1
+    finally:
+        library._load.cache_clear()
+    (problem,) = found["problems"]
+    assert "PEFTFAST_CPU_ISA is 'mmx'; allowed: 'portable', 'avx2', 'avx512'" in problem
+    assert found["implementations"]["native"] == found["libraries"][0]["missing"] == problem
+    assert "problem: PEFTFAST_CPU_ISA is 'mmx'" in capsys.readouterr().out
+
+
+def test_compilers_are_those_that_a_build_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("c++", "other", "nvcc"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("NVCC", raising=False)
+    found = doctor.diagnose()
+    assert (found.cxx_compiler, found.nvcc) == (str(tmp_path / "c++"), str(tmp_path / "nvcc"))
+    monkeypatch.setenv("CXX", "other -m64")
+    monkeypatch.setenv("NVCC", "nothing")
+    found = doctor.diagnose()
+    assert (found.cxx_compiler, found.nvcc) == (str(tmp_path / "other"), None)
+    assert "nvcc: none found" in rendered(found)
 
 
 def test_devices_with_memory(monkeypatch: pytest.MonkeyPatch) -> None:
