@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
@@ -22,19 +24,29 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 FOLDERS = ("peftfast", "kernels/peftfast_kernels", "examples/data")
 PACKAGES = ("peftfast", "peftfast_kernels", "peftfast_data")
+NATIVE = Path("peftfast", "native")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the build reads, so that building leaves nothing in the repository."""
-    copy = tmp_path_factory.mktemp("checkout")
+    return copy_of_repository(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def own_checkout(tmp_path: Path) -> Path:
+    """The same for one test, which may change it."""
+    (tmp_path / "checkout").mkdir()
+    return copy_of_repository(tmp_path / "checkout")
+
+
+def copy_of_repository(copy: Path) -> Path:
     for name in SOURCES:
         shutil.copy(ROOT / name, copy / name)
-    for folder in FOLDERS:
-        shutil.copytree(
-            ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-        )
+    left = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
+    for folder in (*FOLDERS, "csrc"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=left)
     (copy / "tests").mkdir()
     (copy / "tests" / "__init__.py").touch()
     (copy / "benchmarks").mkdir()
@@ -42,22 +54,33 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def build(checkout: Path, hook: str, out: Path) -> Path:
-    """Run one hook of the build backend in the checkout; the file that it made."""
+def run_build(
+    checkout: Path, hook: str, out: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run one hook of the build backend in the checkout, as PEFTFAST_BUILD=none unless another
+    mode is given, and without optimising, which takes longer.
+    """
     out.mkdir()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from setuptools import build_meta; "
-            f"print(build_meta.{hook}(sys.argv[1]), file=sys.stderr)",
-            str(out),
-        ],
+    code = f"""
+import sys
+from setuptools import build_meta
+build_meta.{hook}(sys.argv[1])
+assert "torch" not in sys.modules
+"""
+    known = {"PEFTFAST_BUILD": "none", "CXXFLAGS": "-O0"}
+    return subprocess.run(
+        [sys.executable, "-c", code, str(out)],
         cwd=checkout,
+        env={**os.environ, **known, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def build(checkout: Path, hook: str, out: Path, **environment: str) -> Path:
+    """The same, which must succeed; the file that it made."""
+    done = run_build(checkout, hook, out, **environment)
     assert done.returncode == 0, done.stderr
     (made,) = out.iterdir()
     return made
@@ -137,6 +160,173 @@ def test_editable_install_finds_the_checkout(checkout: Path, tmp_path: Path) -> 
     assert found[1] == str(checkout / "kernels" / "peftfast_kernels" / "__init__.py")
     assert found[3] == str(checkout / "examples" / "data" / "banking77" / "train.csv")
     assert Path(found[3]).is_file()
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
+
+
+def assert_loads(library: Path) -> None:
+    """The file is the CPU library, of the interface that the package needs."""
+    header = (ROOT / "csrc" / "peftfast.h").read_text()
+    assert f"#define PF_CPU_ABI {ctypes.CDLL(str(library)).pf_cpu_abi()}\n" in header
+
+
+def libraries(wheel: Path) -> list[str]:
+    """The names of the shared libraries in a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return [Path(name).name for name in archive.namelist() if name.endswith(".so")]
+
+
+@needs_compiler
+def test_wheel_with_the_library(own_checkout: Path, tmp_path: Path) -> None:
+    def wheel(name: str, mode: str) -> Path:
+        return build(own_checkout, "build_wheel", tmp_path / name, PEFTFAST_BUILD=mode)
+
+    first = wheel("first", "cpu")
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert first.name == f"peftfast-{peftfast.__version__}-py3-none-{platform}.whl"
+    site = tmp_path / "site"
+    with zipfile.ZipFile(first) as archive:
+        archive.extractall(site)
+    assert {path.name.partition("-")[0] for path in site.iterdir()} == set(PACKAGES)
+    native = {"native/libpeftfast_cpu.so"}
+    assert tree(site / "peftfast") == tree(own_checkout / "peftfast") | native
+    (info,) = site.glob("*.dist-info")
+    assert "Root-Is-Purelib: false" in (info / "WHEEL").read_text()
+    assert_loads(site / NATIVE / "libpeftfast_cpu.so")
+
+    # It is compiled anew only where a source has changed.
+    built = own_checkout / "build" / "lib" / NATIVE / "libpeftfast_cpu.so"
+    before = built.stat().st_mtime_ns
+    wheel("second", "cpu")
+    assert built.stat().st_mtime_ns == before
+    os.utime(own_checkout / "csrc" / "cpu" / "kernels.h")
+    wheel("third", "cpu")
+    assert built.stat().st_mtime_ns > before
+
+    # What an earlier build left does not come along where it is not asked for.
+    plain = wheel("plain", "none")
+    assert plain.name.endswith("-py3-none-any.whl")
+    assert not libraries(plain)
+
+
+@needs_compiler
+def test_source_distribution_holds_the_librarys_sources(checkout: Path, tmp_path: Path) -> None:
+    sdist = build(checkout, "build_sdist", tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    assert tree(source / "csrc") == tree(ROOT / "csrc")
+    wheel = build(source, "build_wheel", tmp_path / "wheel", PEFTFAST_BUILD="cpu")
+    assert libraries(wheel) == ["libpeftfast_cpu.so"]
+
+
+@needs_compiler
+def test_editable_install_has_the_library(own_checkout: Path, tmp_path: Path) -> None:
+    library = own_checkout / NATIVE / "libpeftfast_cpu.so"
+    wheel = build(own_checkout, "build_editable", tmp_path / "one", PEFTFAST_BUILD="cpu")
+    assert not libraries(wheel)
+    assert_loads(library)
+    assert (
+        library.name
+        in subprocess.run(
+            ["git", "check-ignore", "--no-index", str(NATIVE / library.name)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+    )
+    build(own_checkout, "build_editable", tmp_path / "two", PEFTFAST_BUILD="none")
+    assert not library.exists()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "complaint"),
+    [("/nonexistent/c++", "No such file"), ("false", "failed")],
+    ids=["absent", "failing"],
+)
+def test_without_a_library_the_package_is_built_and_warns(
+    compiler: str, complaint: str, checkout: Path, tmp_path: Path
+) -> None:
+    settings = {"CXX": compiler, "NVCC": "/nonexistent/nvcc"}
+    done = run_build(checkout, "build_wheel", tmp_path / "auto", PEFTFAST_BUILD="auto", **settings)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "auto").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    for name in ("libpeftfast_cpu.so", "libpeftfast_cuda.so"):
+        assert f"peftfast works without {name}: " in done.stderr
+    assert complaint in done.stderr
+
+    done = run_build(checkout, "build_wheel", tmp_path / "cpu", PEFTFAST_BUILD="cpu", **settings)
+    assert done.returncode != 0
+    assert compiler in done.stderr and complaint in done.stderr
+
+
+def test_an_unknown_build_is_an_error(checkout: Path, tmp_path: Path) -> None:
+    done = run_build(checkout, "build_wheel", tmp_path / "wheel", PEFTFAST_BUILD="gpu")
+    assert done.returncode != 0
+    assert "PEFTFAST_BUILD is 'gpu'; allowed: auto, none, cpu, cuda" in done.stderr
+
+
+NVCC = """#!{python}
+import sys
+if "--list-gpu-code" in sys.argv:
+    print("{known}")
+else:
+    open(sys.argv[sys.argv.index("-o") + 1], "w").write(" ".join(sys.argv[1:]))
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("known", "codes", "portable"),
+    [
+        ("sm_75 sm_80 sm_86 sm_89 sm_90 sm_90a sm_100 sm_120", "80 86 89 90a 100", "100"),
+        ("sm_75 sm_80 sm_86 sm_89 sm_90 sm_90a", "80 86 89 90a", "90"),
+    ],
+    ids=["new nvcc", "old nvcc"],
+)
+def test_the_cuda_library_is_for_every_architecture_that_nvcc_knows(
+    known: str, codes: str, portable: str, own_checkout: Path, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC.format(python=sys.executable, known=known.replace(" ", "\\n")))
+    nvcc.chmod(0o755)
+    leave_one_empty_source(own_checkout)
+    wheel = build(
+        own_checkout, "build_wheel", tmp_path / "wheel", PEFTFAST_BUILD="cuda", NVCC=str(nvcc)
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        command = archive.read(str(NATIVE / "libpeftfast_cuda.so")).decode().split()
+    found = [word.partition(",code=")[2] for word in command if word.startswith("-gencode")]
+    assert found == [*(f"sm_{code}" for code in codes.split()), f"compute_{portable}"]
+    assert "csrc/cuda/api.cu" in command
+    assert command[command.index("-cudart") + 1] == "static"
+
+
+@needs_compiler
+def test_cuda_that_is_asked_for_and_cannot_be_built_is_an_error(
+    own_checkout: Path, tmp_path: Path
+) -> None:
+    leave_one_empty_source(own_checkout)
+    settings = {"PEFTFAST_BUILD": "cuda", "NVCC": "/nonexistent/nvcc"}
+    done = run_build(own_checkout, "build_wheel", tmp_path / "no-nvcc", **settings)
+    assert done.returncode != 0
+    assert "/nonexistent/nvcc" in done.stderr
+    shutil.rmtree(own_checkout / "csrc" / "cuda")
+    done = run_build(own_checkout, "build_wheel", tmp_path / "no-sources", **settings)
+    assert done.returncode != 0
+    assert "csrc/cuda holds no sources" in done.stderr
+
+
+def leave_one_empty_source(checkout: Path) -> None:
+    """In place of the CPU library's, where compiling that is not what is tested."""
+    shutil.rmtree(checkout / "csrc" / "cpu")
+    (checkout / "csrc" / "cpu").mkdir()
+    (checkout / "csrc" / "cpu" / "empty.cpp").touch()
 
 
 def metadata() -> list[Requirement]:
