@@ -22,6 +22,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
 from peftfast.ops.nf4 import NF4Weight
@@ -32,6 +33,7 @@ from peftfast.patching.state import KEY, State
 
 TYPES: tuple[type[nn.Module], ...] = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
 
+_PARAMETERS = (Params4bit, nn.Parameter)  # pickle makes one of the other
 REPACKED = "weight is in bitsandbytes' packing for CPUs (`state_dict()` of its layer undoes it)"
 
 
@@ -118,10 +120,13 @@ def read_weight(base: Any, x: Tensor | None, state: State | None) -> NF4Weight |
             there is none yet.
         state: where to keep what was checked; None: nowhere.
     """
+    if _has_lost_state(base):
+        base = view(base) if x is None else base
+        fix_4bit_weight_quant_state_from_module(base)
     param = base._parameters["weight"]
-    if type(param) is not Params4bit:
+    if type(param) not in _PARAMETERS:
         return f"weight is a {type(param).__name__}"
-    quant_state = param.quant_state
+    quant_state = getattr(param, "quant_state", None)
     if quant_state is None:
         return "weight has no quant_state: it is not quantised yet"
     if not isinstance(quant_state, QuantState):
@@ -204,6 +209,21 @@ def _traced(
         None if second is None else second.code,
         None if second is None else quant_state.offset,
         compute_dtype,
+    )
+
+
+def _has_lost_state(base: Any) -> bool:
+    """Whether the linear's own forward would first give its parameter back what it has lost.
+
+    FSDP may leave a parameter without its quant_state; the linear itself has kept that.
+    """
+    param, kept = base._parameters["weight"], base.quant_state
+    return (
+        type(param) in _PARAMETERS
+        and getattr(param, "quant_state", None) is None
+        and isinstance(kept, QuantState)
+        and param.shape[1:] == (1,)
+        and not torch.compiler.is_compiling()
     )
 
 

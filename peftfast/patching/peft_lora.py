@@ -74,12 +74,15 @@ class PeftLora:
         if isinstance(call, str):
             return [*reasons, call]
         if not elsewhere(module):
-            x = torch.empty(0, module.in_features, dtype=call.dtype, device=call.weight.device)
-            with torch.autocast(x.device.type, enabled=False):
-                reason = operand_reason(x, call)
-            if reason:
-                reasons.append(reason)
+            found = [self._operand_reason(call, dtype) for dtype in call.input_dtypes()]
+            if all(found):  # no input that it meets would be the op's
+                reasons += found[:1]
         return reasons
+
+    def _operand_reason(self, call: LoraCall, dtype: torch.dtype) -> str:
+        x = torch.empty(0, call.weight.shape[1], dtype=dtype, device=call.weight.device)
+        with torch.autocast(x.device.type, enabled=False):
+            return operand_reason(x, call) or ""
 
     def compare(self, module: Any, impl: str) -> Comparison:
         """The fused op's output against PEFT's own forward on small random inputs.
@@ -100,13 +103,13 @@ class PeftLora:
         device = call.weight.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for dtype in call.input_dtypes():
+                if self._operand_reason(call, dtype):
+                    continue  # an input that PEFT's forward would be called for
                 normal = normal_on(device)
                 x = normal(ROWS, module.in_features).to(dtype)
                 probe = self._with_random_adapters(plain, normal, x)
                 own = read_call(probe, x)
                 if isinstance(own, str):
-                    if dtype != call.dtype:
-                        continue  # an input that PEFT's forward would be called for
                     return Comparison(difference=own)
                 expected, got = self.source.forward(probe, x), own.output(x, impl)
                 found = compared(expected, got, own.rounded_to(x), "PEFT")

@@ -276,25 +276,45 @@ def test_not_quantised_yet(kind: str) -> None:
     torch.testing.assert_close(model(x), own(x))
 
 
-def test_a_parameter_of_another_kind() -> None:
-    """FSDP may leave plain parameters; bitsandbytes makes its own of them at the next call."""
-    model, own = pair("plain")
-    for m in (model, own):
-        base_of(m).weight = nn.Parameter(base_of(m).weight.data, requires_grad=False)
+def plain_parameter(m: Any) -> None:
+    base_of(m).weight = nn.Parameter(base_of(m).weight.data, requires_grad=False)
+
+
+def no_state(m: Any) -> None:
+    base_of(m).weight.quant_state = None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", [plain_parameter, no_state])
+def test_a_lost_quant_state_comes_back(loss: Callable[[Any], None], kind: str) -> None:
+    """The linear has kept it; bitsandbytes' own forward makes a parameter of its kind again."""
     x = torch.randn(3, 64)
-    assert torch.equal(model(x), own(x))
-    assert delegations(model) == {"its weight is a Parameter": 1}
+    model, own = pair(kind)
+    for m in (model, own):
+        loss(m)
+    torch.testing.assert_close(model(x), own(x))
+    assert not delegations(model)
+    assert type(base_of(model).weight) is type(base_of(own).weight) is bnb.nn.Params4bit
+
+    for m in (unpatch(model), own):
+        loss(m)
+    lost = base_of(model).weight
+    patch(model, strict=True)
+    assert base_of(model).weight is lost
     torch.testing.assert_close(model(x), own(x))
     assert report(model).fused[0].hits == 1
 
 
-def test_a_quant_state_that_was_lost() -> None:
-    model, own = pair("plain")
-    for m in (model, own):
-        base_of(m).weight.quant_state = None
-    x = torch.randn(3, 64)
-    assert torch.equal(model(x), own(x))
-    assert delegations(model) == {"its weight has no quant_state: it is not quantised yet": 1}
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_of_another_kind(kind: str) -> None:
+    class Sharded(nn.Parameter):
+        pass
+
+    model, _ = pair(kind)
+    base_of(model).weight = Sharded(base_of(model).weight.data, requires_grad=False)
+    model(torch.randn(3, 64))
+    ((reason, _),) = delegations(model).items()
+    assert reason.endswith("weight is a Sharded")
 
 
 @pytest.mark.parametrize("kind", KINDS)
