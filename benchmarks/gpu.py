@@ -80,16 +80,18 @@ def run_gpu(budget: float, results: Path | None) -> int:
 
 
 def stages(folder: Path, results: Path | None) -> list[Stage]:
-    """The tests first; then the benchmarks, the most important one first."""
+    """The CUDA library and the tests first; then the benchmarks, the most important one first."""
+    build = [sys.executable, "setup.py", "build_native", "--build-lib", "."]
     parallel = ["-n", "8"] if find_spec("xdist") else []
-    tests = [sys.executable, "-m", "pytest", "tests/ops", "tests/kernels", "-q", "-x", *parallel]
-    found = [Stage("tests", tests, 170.0)]
-    for name, options, share in (
-        ("lora_linear", ["--quick"], 90.0),
-        ("train_step", ["--quick"], 150.0),
-        ("lora_gemm", ["--quick"], 110.0),
-    ):
-        command = [sys.executable, "-m", "benchmarks", "run", name, "--device", "cuda", *options]
+    folders = ["tests/ops", "tests/kernels", "tests/native"]
+    tests = [sys.executable, "-m", "pytest", *folders, "-q", "-x", *parallel]
+    found = [Stage("build", build, 50.0), Stage("tests", tests, 130.0)]
+    benchmarks = {"lora_linear": 70.0, "train_step": 100.0, "nf4_dequantize": 30.0}
+    benchmarks["nf4_linear"] = 40.0
+    if find_spec("bitsandbytes"):
+        benchmarks["train_step_qlora"] = 60.0
+    for name, share in (benchmarks | {"lora_gemm": 40.0}).items():
+        command = [sys.executable, "-m", "benchmarks", "run", name, "--device", "cuda", "--quick"]
         command += ["--json", str(folder / f"{name}.json")]
         command += ["--results", str(results)] if results else []
         found.append(Stage(name, command, share))
@@ -102,7 +104,7 @@ def _run(stage: Stage, left: float, least: float = _GRACE) -> Result:
     if limit < least:
         return Result(stage.name, "not started: no time left", 0.0)
     command = list(stage.command)
-    if stage.name != "tests":
+    if "benchmarks" in command:
         command += ["--budget", str(limit - _GRACE)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     print(f"== {stage.name}: {' '.join(command)}", flush=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +20,12 @@ from peftfast.ops.nf4_weight import flatten, unflatten
 from peftfast.reference import nf4 as reference
 from tests.tolerance import assert_within
 
+try:
+    import bitsandbytes.functional as bnb
+except ImportError:
+    bnb = None
+
+against_bnb = pytest.mark.skipif(bnb is None, reason="bitsandbytes is not installed")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 NATIVE_MISSING = library.missing("cuda" if CUDA else "cpu")
@@ -71,6 +76,7 @@ def _draw_weight(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tens
     return w.to(DEVICE, dtype)
 
 
+@against_bnb
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(max_examples=60)
 @given(
@@ -115,6 +121,41 @@ def test_bits_are_those_of_bitsandbytes(
     assert torch.equal(out, values)
 
 
+@pytest.mark.parametrize("impl", ["triton", native])
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 200),
+    dtype=st.sampled_from(DTYPES),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    double_quant=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_implementations_agree_on_a_device(
+    impl: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    block_size: int,
+    quant_type: str,
+    double_quant: bool,
+    seed: int,
+) -> None:
+    if impl == "triton" and dtype == torch.bfloat16 and not CUDA:
+        dtype = torch.float16
+    w = _draw_weight(rows, columns, dtype, seed)
+    settings = {"block_size": block_size, "double_quant": double_quant, "quant_type": quant_type}
+    expected = nf4.quantize(w, **settings, impl="reference")
+    if impl == "triton" or not CUDA:
+        ours = nf4.quantize(w, **settings, impl=impl)
+        assert all(torch.equal(a, b) for a, b in zip(ours.parts, expected.parts, strict=True))
+    values = nf4.dequantize(expected, impl="reference")
+    out = torch.full(w.shape, torch.nan, dtype=dtype, device=DEVICE)
+    assert torch.equal(nf4.dequantize(expected, out=out, impl=impl), values)
+
+
+@against_bnb
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_weight_of_a_real_size(impl: str) -> None:
     w = _draw_weight(384, 1536, torch.float16, 0)
@@ -133,6 +174,7 @@ def test_every_dtype_of_the_values(impl: str, dtype: torch.dtype) -> None:
     assert torch.equal(nf4.dequantize(w4, dtype, impl=impl), exact.to(dtype))
 
 
+@against_bnb
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 def test_a_bitsandbytes_weight_is_shared(nested: bool, storage: torch.dtype) -> None:
@@ -158,6 +200,7 @@ def _state(**changes: Any) -> tuple[Tensor, Any]:
     return packed, state
 
 
+@against_bnb
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -193,6 +236,7 @@ def test_a_damaged_state_is_refused(
         nf4.NF4Weight.from_bnb(packed, state)
 
 
+@against_bnb
 def test_other_things_than_states_are_refused() -> None:
     packed, state = _state()
     with pytest.raises(ValueError, match=r"packed is \[4095\]; \[4096\] is needed"):
