@@ -66,6 +66,23 @@ def quantise(model: Any, skip: tuple[str, ...] = ("lm_head", "classifier"), **se
     return model
 
 
+class Attention(nn.Module):
+    """q, k, v over one input, and o; those named are in 4 bits."""
+
+    is_loaded_in_4bit = True
+
+    def __init__(self, quantised: str, compute_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        for name in "qkvo":
+            linear: nn.Module = nn.Linear(64, 64)
+            if name in quantised:
+                linear = linear4bit(linear, compute_dtype=compute_dtype)
+            self.add_module(name, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.q(x) + self.k(x) * self.v(x)))
+
+
 def base_model(family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """A tiny quantised model without adapters, all of its parameters random."""
     torch.manual_seed(0)
@@ -95,12 +112,13 @@ def qlora(
 
 def dense(linear: Any) -> nn.Linear:
     """A float64 linear with the values that a 4-bit one computes with."""
-    weight, state = linear.weight, linear.weight.quant_state
-    values = bnb.functional.dequantize_4bit(weight.data, state)
+    state = copy.copy(linear.weight.quant_state)
+    state.dtype = linear.compute_dtype or state.dtype  # which they are rounded to
+    values = bnb.functional.dequantize_4bit(linear.weight.data, state)
     has_bias = linear.bias is not None
     made = nn.Linear(linear.in_features, linear.out_features, bias=has_bias).double()
     with torch.no_grad():
-        made.weight.copy_(values.to(linear.compute_dtype or values.dtype).double())
+        made.weight.copy_(values.double())
         if has_bias:
             made.bias.copy_(linear.bias.double())
     return made.requires_grad_(False)
@@ -132,8 +150,3 @@ def adapted_linears(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora.bnb import Linear4bit
 
     return {p: m for p, m in model.named_modules() if isinstance(m, Linear4bit)}
-
-
-def twin(model: Any) -> Any:
-    """An independent copy; bitsandbytes' parameters keep a reference to their first module."""
-    return copy.deepcopy(model)

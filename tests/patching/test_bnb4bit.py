@@ -8,13 +8,14 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from peftfast.memory import saved_bytes
 from peftfast.patching import patch, report, unpatch
 from tests.patching.attention import Counted
 from tests.patching.quantised import (
     HALF,
+    Attention,
     adapted_linears,
     base_model,
     exact_copy,
@@ -167,23 +168,6 @@ def test_a_bias_that_is_trained() -> None:
 
 
 # Siblings
-
-
-class Attention(nn.Module):
-    """q, k, v over one input and o; those named are in 4 bits."""
-
-    is_loaded_in_4bit = True
-
-    def __init__(self, quantised: str, compute_dtype: torch.dtype | None) -> None:
-        super().__init__()
-        for name in "qkvo":
-            linear: nn.Module = nn.Linear(64, 64)
-            if name in quantised:
-                linear = linear4bit(linear, compute_dtype=compute_dtype)
-            self.add_module(name, linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(torch.tanh(self.q(x) + self.k(x) * self.v(x)))
 
 
 @pytest.mark.parametrize("compute", [FLOAT, HALF])
