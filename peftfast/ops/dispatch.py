@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 import torch
@@ -108,22 +108,31 @@ def availability() -> dict[str, str | None]:
     }
 
 
-def choose(op: str, impl: Impl, order: tuple[Impl, ...], reasons: Mapping[Impl, list[str]]) -> Impl:
+Reasons = Callable[[], list[str]]
+
+
+def choose(op: str, impl: Impl, order: tuple[Impl, ...], reasons: Mapping[Impl, Reasons]) -> Impl:
     """The implementation that serves a call.
 
     Args:
         op: the op's name, for the error.
         impl: as `parse_impl` gave it.
         order: what "auto" tries, first to last; the last must always serve.
-        reasons: for each implementation that the op has, why it can't serve this call.
+        reasons: for each implementation that the op has, what tells why it can't serve this call;
+            asked only of those that come into question.
 
     Raises:
         ImplUnavailable: an explicit request that can't be served.
     """
     if impl is Impl.AUTO:
-        return next(candidate for candidate in order if not reasons[candidate])
+        return next(candidate for candidate in order if not reasons[candidate]())
     if impl not in reasons:
         raise ImplUnavailable(op, impl, [f"{op} has no {impl.value} implementation"])
-    if why := reasons[impl]:
+    if why := reasons[impl]():
         raise ImplUnavailable(op, impl, why)
     return impl
+
+
+def none() -> list[str]:
+    """Nothing is in the way."""
+    return []

@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfast.ops import nf4
-from peftfast.ops.dispatch import Impl, choose, native_reasons, parse_impl, triton_reasons
+from peftfast.ops.dispatch import (
+    Impl,
+    choose,
+    native_reasons,
+    none,
+    parse_impl,
+    triton_reasons,
+)
 from peftfast.ops.nf4_weight import (
     NF4Weight,
     Weight,
@@ -269,8 +276,11 @@ def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
     if operands.seed is None and any(p > 0 for p in operands.dropout_p):
         seed = torch.randint(_SEED_LIMIT, (len(operands.lora_a),), device=x.device)
         operands = operands._replace(seed=seed)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not torch.is_grad_enabled():
+        return tuple(_forward(operands, asked.value)[0])
     parts, spec = flatten(operands.weights)
-    if torch.compiler.is_compiling():
+    if compiling:
         has_bias = [b is not None for b in operands.biases]
         present = [b for b in operands.biases if b is not None]
         fields = (present, *operands[3:])
@@ -282,21 +292,25 @@ def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
     return _LoRALinear.apply(settings, x, operands.seed, *tensors)
 
 
-def _implementation(asked: str, operands: _Operands, dys: Sequence[Tensor | None] = ()) -> Impl:
+def _implementation(asked: Impl, operands: _Operands, dys: Sequence[Tensor | None] = ()) -> Impl:
     """Who serves a call; a compiled graph asks when it runs."""
     device = operands.x.device
-    triton = triton_reasons(device, operands.x.dtype)
-    if any(0 in w.shape for w in operands.weights):
-        triton.append("a linear has no input or no output features")
-    native = native_reasons(device)
-    if device.type == "cuda":
-        native = ["csrc has dropout and 4-bit weights for a GPU's linear, not the linear itself"]
-    if is_batched(dys):
-        triton.append("the gradients are batched")
-        native.append("the gradients are batched")
-    reasons = {Impl.TRITON: triton, Impl.NATIVE: native, Impl.REFERENCE: []}
+    batched = ["the gradients are batched"] if is_batched(dys) else []
+
+    def triton() -> list[str]:
+        reasons = triton_reasons(device, operands.x.dtype) + batched
+        if any(0 in w.shape for w in operands.weights):
+            reasons.append("a linear has no input or no output features")
+        return reasons
+
+    def native() -> list[str]:
+        if device.type == "cuda":
+            return ["csrc has dropout and 4-bit weights for a GPU's linear, not the linear itself"]
+        return native_reasons(device) + batched
+
+    reasons = {Impl.TRITON: triton, Impl.NATIVE: native, Impl.REFERENCE: none}
     first = Impl.TRITON if device.type == "cuda" else Impl.NATIVE
-    return choose("lora_linear", Impl(asked), (first, Impl.REFERENCE), reasons)
+    return choose("lora_linear", asked, (first, Impl.REFERENCE), reasons)
 
 
 def _module(impl: Impl) -> Any:
@@ -314,12 +328,11 @@ def _module(impl: Impl) -> Any:
 
 def _forward(operands: _Operands, impl: str) -> tuple[list[Tensor], Tensor]:
     """Outputs [..., N_j] and t [M, sum r_i]. W and b are cast here, and the casts not kept."""
+    asked, dtypes = Impl(impl), _dtypes(operands)
     with no_autocast(operands.x):
-        serving = _implementation(impl, operands)
-        matrices, options = _prepared(operands, serving, Impl(impl))
-        base = nf4.few_row_outputs(
-            matrices.x, operands.weights, operands.biases, _dtypes(operands), Impl(impl)
-        )
+        serving = _implementation(asked, operands)
+        matrices, options = _prepared(operands, dtypes, serving, asked)
+        base = nf4.few_row_outputs(matrices.x, operands.weights, operands.biases, dtypes, asked)
         if base is not None:
             options["base_ys"] = base
         ys, t = _module(serving).lora_linear_forward(*matrices, **options)
@@ -335,9 +348,10 @@ def _backward(
     entry for each.
     """
     need_x, *need = _split_needs(needs, len(operands.weights), len(operands.lora_a))
+    asked, dtypes = Impl(impl), _dtypes(operands)
     with no_autocast(operands.x):
-        serving = _implementation(impl, operands, dys)
-        matrices, options = _prepared(operands, serving, Impl(impl))
+        serving = _implementation(asked, operands, dys)
+        matrices, options = _prepared(operands, dtypes, serving, asked)
         rows = matrices.x.shape[0]
         flat = [None if dy is None else dy.reshape(rows, dy.shape[-1]) for dy in dys]
         grads = _module(serving).lora_linear_backward(
@@ -354,13 +368,15 @@ def _dtypes(operands: _Operands) -> list[torch.dtype]:
     return [(w.compute_dtype if isinstance(w, NF4Weight) else None) or x for w in operands.weights]
 
 
-def _prepared(operands: _Operands, serving: Impl, asked: Impl) -> tuple[_Operands, dict[str, Any]]:
+def _prepared(
+    operands: _Operands, dtypes: Sequence[torch.dtype], serving: Impl, asked: Impl
+) -> tuple[_Operands, dict[str, Any]]:
     """x as [M, in], W and b in the dtype of the base's product, and what else is to be said of it.
 
     4-bit weights, and 16-bit ones that a CPU multiplies faster in float32, become dense when they
     are read, one at a time.
     """
-    x, dtypes = operands.x, _dtypes(operands)
+    x = operands.x
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     quantised = any(isinstance(w, NF4Weight) for w in operands.weights)
     wide = None

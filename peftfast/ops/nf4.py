@@ -7,6 +7,7 @@ parts; for few rows (decoding) a fused kernel reads those directly.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfast.ops.dispatch import Impl, choose, native_reasons, parse_impl, triton_reasons
+from peftfast.ops.dispatch import (
+    Impl,
+    choose,
+    native_reasons,
+    none,
+    parse_impl,
+    triton_reasons,
+)
 from peftfast.ops.nf4_weight import (
     DTYPES,
     NF4Weight,
@@ -40,6 +48,8 @@ _MODULES = {
     Impl.TRITON: "peftfast_kernels.nf4",
     Impl.REFERENCE: "peftfast.reference.nf4",
 }
+_ORDER = (Impl.NATIVE, Impl.REFERENCE)
+_ORDER_ON_GPU = (Impl.NATIVE, Impl.TRITON, Impl.REFERENCE)
 
 
 def quantize(
@@ -152,6 +162,8 @@ def linear(
     parts, spec = flatten([w4])
     if torch.compiler.is_compiling():
         return torch.ops.peftfast.nf4_linear(x, parts, spec, bias, asked.value)
+    if not torch.is_grad_enabled():
+        return _forward(x, w4, bias, asked.value)
     return _NF4Linear.apply((spec, asked.value), x, bias, *parts)
 
 
@@ -189,24 +201,30 @@ def check_bias(x: Tensor, w: Weight, bias: Tensor | None, w_name: str, name: str
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype, asked: Impl) -> Impl:
     """Who serves `op` ("quantize", "dequantize" or "gemv") for values of this dtype."""
-    native = native_reasons(device)
-    if op == "quantize" and device.type == "cuda":
-        native = ["csrc quantises on a CPU only"]
-    if dtype not in DTYPES:
-        native.append(f"dtype {dtype} is none of {', '.join(map(str, DTYPES))}")
+
+    def native() -> list[str]:
+        if op == "quantize" and device.type == "cuda":
+            return ["csrc quantises on a CPU only"]
+        if dtype not in DTYPES:
+            return [f"dtype {dtype} is none of {', '.join(map(str, DTYPES))}"]
+        return native_reasons(device)
+
     reasons = {
         Impl.NATIVE: native,
-        Impl.TRITON: triton_reasons(device, dtype),
-        Impl.REFERENCE: [],
+        Impl.TRITON: lambda: triton_reasons(device, dtype),
+        Impl.REFERENCE: none,
     }
-    order: tuple[Impl, ...] = (Impl.NATIVE, Impl.TRITON, Impl.REFERENCE)
-    if device.type != "cuda":
-        order = (Impl.NATIVE, Impl.REFERENCE)
-    return choose(f"nf4.{op}", asked, order, reasons)
+    on_gpu = device.type == "cuda"
+    return choose(f"nf4.{op}", asked, _ORDER_ON_GPU if on_gpu else _ORDER, reasons)
 
 
 def _module(op: str, device: torch.device, dtype: torch.dtype, asked: Impl) -> Any:
-    return importlib.import_module(_MODULES[implementation(op, device, dtype, asked)])
+    return _import(implementation(op, device, dtype, asked))
+
+
+@functools.cache
+def _import(impl: Impl) -> Any:
+    return importlib.import_module(_MODULES[impl])
 
 
 def _dequantize_into(w4: NF4Weight, dtype: torch.dtype, out: Tensor, asked: Impl) -> None:

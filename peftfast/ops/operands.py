@@ -64,6 +64,8 @@ def as_list(value: OneOrMore, name: str) -> list[Tensor]:
 
 
 def factors(value: Factors, count: int, name: str) -> list[float]:
+    if type(value) is float and math.isfinite(value):  # as a rule, and cheap to see
+        return [value] * count
     if isinstance(value, (Tensor, str)) or not isinstance(value, (Real, Iterable)):
         raise TypeError(f"{name} is {type(value).__name__}; a number or a list of them is needed")
     values: list[Any] = [value] * count if isinstance(value, Real) else list(value)
