@@ -111,7 +111,7 @@ class Linear4bit:
                 if isinstance(call, str):
                     return Comparison(difference=call)
                 expected, got = self.source.forward(probe, x), call.output(x, impl)
-                found = compared(expected, got, {dtype, own}, "bitsandbytes")
+                found = compared(expected, got, {dtype, own}, "bitsandbytes'")
                 if found != Comparison():
                     return found
         return Comparison()

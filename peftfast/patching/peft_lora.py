@@ -112,7 +112,7 @@ class PeftLora:
                 if isinstance(own, str):
                     return Comparison(difference=own)
                 expected, got = self.source.forward(probe, x), own.output(x, impl)
-                found = compared(expected, got, own.rounded_to(x), "PEFT")
+                found = compared(expected, got, own.rounded_to(x), "PEFT's")
                 if found != Comparison():
                     return found
         return Comparison()

@@ -66,20 +66,23 @@ def elsewhere(module: nn.Module) -> str:
 
 
 def compared(
-    expected: Tensor, got: Tensor, dtypes: Iterable[torch.dtype], original: str
+    expected: Tensor, got: Tensor, dtypes: Iterable[torch.dtype], whose: str
 ) -> Comparison:
-    """How an op's output differs from that of `original`'s forward, beyond rounding in `dtypes`."""
+    """How an op's output differs from the original's, beyond rounding in `dtypes`.
+
+    `whose` is the possessive of the original's name.
+    """
     if not bool(expected.isfinite().all()):
-        return Comparison(unchecked=f"{original}'s own output is not finite on a random input")
+        return Comparison(unchecked=f"{whose} own output is not finite on a random input")
     if got.shape != expected.shape or got.dtype != expected.dtype:
-        shapes = [f"{t.dtype} {list(t.shape)}" for t in (expected, got)]
-        return Comparison(difference="its output is {1}, {2}'s {0}".format(*shapes, original))
+        ours, theirs = (f"{t.dtype} {list(t.shape)}" for t in (got, expected))
+        return Comparison(difference=f"its output is {ours}, {whose} {theirs}")
     largest = expected.double().abs().max().item()
     apart = (got.double() - expected.double()).abs().max().item()
     allowed = _ROUNDINGS * max(_rounding(dtype, got.device) for dtype in dtypes) * largest
     if not apart <= allowed:
         return Comparison(
-            difference=f"its output differs from {original}'s by {apart:.2e} on a random input"
+            difference=f"its output differs from {whose} by {apart:.2e} on a random input"
             f" (allowed: {allowed:.2e})"
         )
     return Comparison()
