@@ -1,12 +1,15 @@
 """A GEMM, or a sum of GEMMs, with adapters' up-projections inside:
 
-    out = sum_g x_g W_g + bias + sum_i mask_i * (t_i U_i)
+    out = base + sum_g x_g W_g + bias + sum_i mask_i * (t_i U_i)
 
 Forward: one x, W^T, U_i = B_i^T, no mask. Gradient of x: the siblings' dy_g and W_g, U_i = A_i,
 masks as in the forward. The low-rank part initialises the accumulator, so out is written once and
 never read; siblings' gradients of x meet in registers instead of in memory. Moves x_g, W_g, bias,
 t_i, U_i and out once each: the GEMMs' own traffic plus t and U. Without any x_g the kernel is the
 up-projection alone (the library plan adds torch's GEMM to it).
+
+The base, if any, is read once: a product that is there already, or out itself. x_g and W_g may be
+narrower than out: everything meets in float32 and is rounded once, to out's dtype.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ def _lora_matmul_kernel(
     x_ptrs,
     w_ptrs,
     bias_ptr,
+    base_ptr,
     t_ptrs,
     u_ptrs,
     seed_ptr,
@@ -48,7 +52,9 @@ def _lora_matmul_kernel(
     limits,
     seeds,
     HAS_BIAS: tl.constexpr,
+    HAS_BASE: tl.constexpr,
     PRECISION: tl.constexpr,
+    RANK_PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
@@ -84,7 +90,7 @@ def _lora_matmul_kernel(
             u_position = (r0 + rr)[:, None] * strides_ur[i] + rn[None, :] * strides_un[i]
             t = tl.load(t_ptrs[i] + t_position, mask=rr[None, :] < left, other=0.0)
             u = tl.load(u_ptrs[i] + u_position, mask=rr[:, None] < left, other=0.0)
-            low_rank = tl.dot(t.to(dtype), u.to(dtype), low_rank, input_precision=PRECISION)
+            low_rank = tl.dot(t.to(dtype), u.to(dtype), low_rank, input_precision=RANK_PRECISION)
         if DROPOUT:
             seed = tl.load(seed_ptr + seeds[i])
             keep = keep_tile(seed, limits[i], rows, pid_n * BLOCK_N, N, BLOCK_M, BLOCK_N)
@@ -110,6 +116,8 @@ def _lora_matmul_kernel(
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rn).to(tl.float32)[None, :]
+    if HAS_BASE:
+        acc += tl.load(base_ptr + rm[:, None] * stride_om + rn[None, :]).to(tl.float32)
     out = out_ptr + rows[:, None] * stride_om + cols[None, :]
     tl.store(out, acc.to(dtype), mask=(rows[:, None] < M) & (cols[None, :] < N))
 
@@ -123,30 +131,39 @@ def lora_matmul(
     ts: Sequence[Tensor],
     us: Sequence[Tensor],
     seed: Tensor | None,
+    base: Tensor | None = None,
 ) -> None:
     """Fill out.
 
     Args:
         out: [M, N], contiguous.
-        xs, ws: pairs of [M, K_g] and [K_g, N], any strides, out's dtype; none: the low-rank part
-        and bias alone.
+        xs, ws: pairs of [M, K_g] and [K_g, N], any strides, of one dtype, out's or a narrower one;
+            none: the other parts alone.
         bias: [N], contiguous, or None.
         lanes: dropout limit and seed of each low-rank term.
         ts, us: one a lane, [M, rank] with unit inner stride and [rank, N].
         seed: int64, one an adapter; None switches dropout off.
+        base: [M, N], contiguous, of any dtype, added; out itself to add in place.
     """
     rows, columns = out.shape
     dropping = with_dropout(lanes, seed)
-    arch, itemsize = device.arch(out.device), out.element_size()
+    dtype = xs[0].dtype if xs else out.dtype
+    arch, itemsize = device.arch(out.device), dtype.itemsize
+    precision = device.matmul_precision(dtype)
+    rank_precision = device.matmul_precision(out.dtype)
+    widened = itemsize < out.element_size()
+    if widened and rank_precision == "ieee":
+        rank_precision = "tf32x3"  # float32's accuracy without leaving the tensor cores
     if xs:
         aligned = all(
             16 in (math.gcd(16, v.stride(0)), math.gcd(16, v.stride(1))) for v in (*xs, *ws)
         )
-        tile = tiles.matmul_tile(arch, itemsize, bool(dropping), aligned)
+        tile = tiles.matmul_tile(arch, itemsize, bool(dropping), aligned, widened)
     else:
-        tile = tiles.expand_tile(itemsize, bool(dropping))
-    block = tiles.matmul_rank_block([lane.rank for lane in lanes])
-    if itemsize == 4 and device.matmul_precision(out.dtype) == "ieee":
+        widest = max(itemsize, 0 if base is None else base.element_size())
+        tile = tiles.expand_tile(widest, bool(dropping))
+    block = tiles.matmul_rank_block([lane.rank for lane in lanes], widened)
+    if itemsize == 4 and precision == "ieee":
         mma = "none"
     else:
         mma = "native" if xs else "any"
@@ -158,6 +175,7 @@ def lora_matmul(
         tuple(xs),
         tuple(ws),
         bias,
+        base,
         tuple(ts),
         tuple(us),
         seed,
@@ -177,7 +195,9 @@ def lora_matmul(
         tuple(lane.index for lane in dropping),
         mma=mma,
         HAS_BIAS=bias is not None,
-        PRECISION=device.matmul_precision(out.dtype),
+        HAS_BASE=base is not None,
+        PRECISION=precision,
+        RANK_PRECISION=rank_precision,
         DROPOUT=bool(dropping),
         EVEN_K=all(x.shape[1] % tile.block_k == 0 for x in xs),
         RANK_BLOCK=block,

@@ -58,9 +58,9 @@ def rank_block(ranks: list[int]) -> int:
     return max(16, 1 << (widest - 1).bit_length())
 
 
-def matmul_rank_block(ranks: list[int]) -> int:
+def matmul_rank_block(ranks: list[int], widened: bool = False) -> int:
     """The step in which the GEMM's kernel takes ranks, 16 or 32: it loops over what is above."""
-    return min(32, rank_block(ranks)) if ranks else 16
+    return min(32, rank_block(ranks)) if ranks and not widened else 16
 
 
 def lanes_per_launch(block: int) -> int:
@@ -74,6 +74,8 @@ class _MatmulTiles:
 
     plain: Tile
     dropout: Tile  # the masks of the low-rank part need registers of their own
+    widened: Tile  # 16-bit operands and a float32 output, whose low-rank part takes three products
+    widened_dropout: Tile
     ragged: Tile  # row lengths that are no multiple of 16: loads of single elements
     full: Tile  # float32
 
@@ -81,28 +83,76 @@ class _MatmulTiles:
 _FULL = Tile(64, 64, 16, 4, 2)
 _RAGGED = Tile(64, 64, 32, 4, 2)
 _MATMUL = {
-    80: _MatmulTiles(Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 8, 4), _RAGGED, _FULL),
-    86: _MatmulTiles(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), _RAGGED, _FULL),
-    89: _MatmulTiles(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), _RAGGED, _FULL),
-    90: _MatmulTiles(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), _RAGGED, _FULL),
+    80: _MatmulTiles(
+        Tile(128, 128, 32, 8, 4),
+        Tile(128, 64, 32, 8, 4),
+        Tile(128, 128, 32, 8, 4),
+        Tile(128, 64, 32, 8, 4),
+        _RAGGED,
+        _FULL,
+    ),
+    86: _MatmulTiles(
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 64, 32, 8, 3),
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 64, 32, 8, 3),
+        _RAGGED,
+        _FULL,
+    ),
+    89: _MatmulTiles(
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 64, 32, 8, 3),
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 64, 32, 8, 3),
+        _RAGGED,
+        _FULL,
+    ),
+    90: _MatmulTiles(
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 64, 64, 8, 3),
+        _RAGGED,
+        _FULL,
+    ),
     100: _MatmulTiles(
-        Tile(128, 256, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 8, 2), _FULL
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 64, 64, 8, 3),
+        Tile(128, 64, 64, 8, 3),
+        Tile(128, 64, 64, 8, 3),
+        Tile(64, 64, 32, 8, 2),
+        _FULL,
     ),
 }
 
 
-def matmul_tile(arch: int, itemsize: int, dropout: bool, aligned: bool) -> Tile:
-    """Tile of the GEMM with the up-projection inside."""
+def matmul_tile(
+    arch: int, itemsize: int, dropout: bool, aligned: bool, widened: bool = False
+) -> Tile:
+    """Tile of the GEMM with the up-projection inside.
+
+    Args:
+        itemsize: bytes of an operand's element.
+        dropout: whether the low-rank part is masked.
+        aligned: whether row lengths are multiples of 16.
+        widened: whether the output is float32 over 16-bit operands.
+    """
     row = _MATMUL[table_arch(arch)]
     if itemsize == 4:
         return row.full
     if not aligned:
         return row.ragged
+    if widened:
+        return row.widened_dropout if dropout else row.widened
     return row.dropout if dropout else row.plain
 
 
 def expand_tile(itemsize: int, dropout: bool) -> Tile:
-    """Tile of the up-projection alone: the GEMM's kernel without a GEMM."""
+    """Tile of the up-projection alone: the GEMM's kernel without a GEMM.
+
+    Args:
+        itemsize: bytes of an element of the output, or of the base where that is wider.
+    """
     return Tile(64, 64, 16, 4, 1) if itemsize == 4 or dropout else Tile(64, 128, 16, 4, 1)
 
 

@@ -19,8 +19,8 @@ class Variant:
     of arguments by (argument index,) or (argument index, element index), such as
     `{(0,): [["tt.divisibility", 16]]}`.
 
-    `dtype` names the activations' dtype, and the adapters' after a plus sign where it differs:
-    "bf16", "fp16", "fp32", "bf16+fp32".
+    `dtype` names the activations' dtype, after a plus sign the adapters' where it differs, after a
+    slash that of the base's product: "bf16", "fp16", "fp32", "bf16+fp32", "fp32/bf16".
 
     `mma` says which tensor-core instructions the machine code must hold: "none" (no tensor core is
     meant), "any" (those of any generation), "native" (the architecture's own: HGMMA on sm_90,
