@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from peftfast.ops.dispatch import (
     Impl,
@@ -34,12 +33,15 @@ from peftfast.ops.nf4_weight import (
     flatten,
     out_features,
     part_count,
+    row_step,
+    rows_of,
     unflatten,
 )
 from peftfast.ops.operands import check_input, no_autocast, shape
 from peftfast.ops.scratch import clear_scratch, scratch
 from peftfast.ops.second_order import first_order_only
 from peftfast.reference import nf4 as reference
+from peftfast.reference.linear import base_gradient, base_linears
 
 __all__ = ["NF4Weight", "clear_scratch", "dequantize", "linear", "quantize"]
 
@@ -48,6 +50,7 @@ _MODULES = {
     Impl.TRITON: "peftfast_kernels.nf4",
     Impl.REFERENCE: "peftfast.reference.nf4",
 }
+_BLOCK_BYTES = 2 << 20  # of a dense block on a CPU: about a core's own cache
 _ORDER = (Impl.NATIVE, Impl.REFERENCE)
 _ORDER_ON_GPU = (Impl.NATIVE, Impl.TRITON, Impl.REFERENCE)
 
@@ -278,6 +281,37 @@ class DenseWeights(Sequence[Tensor]):
         self._last = (j, dense)
         return dense
 
+    def blocks(self, j: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Weight j as (first row, number of rows in all, dense block).
+
+        On a CPU what becomes dense stays in the cache until it is used, and the buffer small.
+        """
+        w, dtype = self._weights[j], self._dtypes[j]
+        wide = dtype if self._gemm_dtype is None else torch.promote_types(dtype, self._gemm_dtype)
+        rows = w.shape[0]
+        step = self._block_rows(w, wide) if w.device.type == "cpu" else rows
+        if step >= rows or (isinstance(w, Tensor) and wide == dtype):
+            yield 0, rows, self[j]
+            return
+        self._last = None
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            dense = scratch((stop - start, w.shape[1]), wide, w.device)
+            if isinstance(w, Tensor):
+                dense.copy_(w[start:stop])
+            else:
+                _dequantize_into(rows_of(w, start, stop), dtype, dense, self._asked)
+            yield start, rows, dense
+
+    @staticmethod
+    def _block_rows(w: Weight, dtype: torch.dtype) -> int:
+        """Rows a block: as many whole statistics as fit, or all of them."""
+        row_bytes = w.shape[1] * dtype.itemsize
+        if w.shape[0] * row_bytes <= 2 * _BLOCK_BYTES:
+            return w.shape[0]
+        step = 1 if isinstance(w, Tensor) else row_step(w)
+        return max(1, _BLOCK_BYTES // (step * row_bytes)) * step
+
 
 def gemm_dtype(dtype: torch.dtype, device: torch.device, asked: Impl) -> torch.dtype | None:
     """float32 where a CPU multiplies numbers of this 16-bit dtype slower than those; None: leave
@@ -338,9 +372,8 @@ def _forward(x: Tensor, w4: NF4Weight, bias: Tensor | None, impl: str) -> Tensor
             y = few[0]
         else:
             wide = gemm_dtype(dtype, x.device, asked)
-            w = DenseWeights([w4], [dtype], wide, asked)[0]
-            b = None if bias is None else bias.to(dtype).to(w.dtype)
-            y = F.linear(rows.to(dtype).to(w.dtype), w, b).to(x.dtype)
+            dense = DenseWeights([w4], [dtype], wide, asked)
+            y = base_linears(rows, dense, [bias], [dtype])[0].to(x.dtype)
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w4.shape[0]))
 
 
@@ -350,8 +383,10 @@ def _backward(dy: Tensor, w4: NF4Weight, impl: str) -> Tensor:
     dtype = w4.compute_dtype or dy.dtype
     with no_autocast(dy):
         wide = gemm_dtype(dtype, dy.device, asked)
-        w = DenseWeights([w4], [dtype], wide, asked)[0]
-        dx = torch.mm(rows.to(dtype).to(w.dtype), w).to(dy.dtype)
+        dense = DenseWeights([w4], [dtype], wide, asked)
+        dx = base_gradient([rows], dy.dtype, dense, [dtype])
+        assert dx is not None
+        dx = dx.to(dy.dtype)
     return torch.ops.aten._unsafe_view(dx, (*dy.shape[:-1], w4.shape[1]))
 
 

@@ -240,6 +240,28 @@ def _replaced(weight: NF4Weight, **changes: Any) -> NF4Weight:
     return other
 
 
+def row_step(weight: NF4Weight) -> int:
+    """The fewest rows of a weight [N, K] that are whole blocks of it and of its statistics."""
+    columns = weight.shape[1]
+    block = weight.block_size * (NESTED_BLOCK if weight.nested else 1)
+    return math.lcm(columns, block) // columns
+
+
+def rows_of(weight: NF4Weight, start: int, stop: int) -> NF4Weight:
+    """Rows start to stop of a weight, sharing its memory; start is a multiple of `row_step`."""
+    first, last = start * weight.shape[1], stop * weight.shape[1]
+    block, nested = weight.block_size, weight.nested_absmax
+    of_blocks = slice(first // block, -(-last // block))
+    outer = slice(first // (block * NESTED_BLOCK), -(-last // (block * NESTED_BLOCK)))
+    return _replaced(
+        weight,
+        shape=torch.Size((stop - start, weight.shape[1])),
+        packed=weight.packed[first // 2 : -(-last // 2)],
+        absmax=weight.absmax[of_blocks],
+        nested_absmax=None if nested is None else nested[outer],
+    )
+
+
 # A library op's schema takes tensors and integers: weights travel as their parts, flat, and a few
 # integers each.
 

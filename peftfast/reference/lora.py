@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftfast.reference.dropout import drop, keep_mask, keep_scale
+from peftfast.reference.linear import base_gradient, base_linears
 
 Drop = Callable[[Tensor, Tensor, float], Tensor]  # x [M, K], seed, p: x where it is kept, else 0
 
@@ -83,7 +84,7 @@ def lora_linear_forward(
     [M, K].
 
     Args:
-        weights: may be lazy: weights[j] is read once, used up, and not held.
+        weights: may be lazy, as `peftfast.reference.linear` says.
         compute_dtypes: dtype of linear j's own product, to which x and b are rounded; None: x's.
         base_ys: x W_j^T + b_j, [M, N_j] in x's dtype, where that is computed already: weights are
             not read then, and the adapters' part may be added in place.
@@ -101,7 +102,7 @@ def lora_linear_forward(
             inputs = drop(shared_x, seed[i], dropout_p[i])
         _scaled_mm(inputs, a.to(wide).t(), scaling[i] * keep_scale(dropout_p[i]), column)
     if base_ys is None:
-        ys = _base_linears(x, weights, biases, compute_dtypes)
+        ys = base_linears(x, weights, biases, compute_dtypes)
     else:
         ys = [y.to(_wider(y.dtype, gemm_dtype)) for y in base_ys]
     for owner, column, b in zip(owners, columns, lora_b, strict=True):
@@ -137,7 +138,9 @@ def lora_linear_backward(
     """
     ranks = [a.shape[0] for a in lora_a]
     wide = _wider(t.dtype, gemm_dtype)
-    dx = _frozen_dx(dys, x, weights, compute_dtypes) if need_x else None
+    dx = base_gradient(dys, x.dtype, weights, compute_dtypes) if need_x else None
+    if need_x and dx is None:
+        dx = torch.zeros_like(x)
     wide_x = x.to(wide) if any(need_a) else None
     wide_dys = {j: dy.to(wide) for j in set(owners) if (dy := dys[j]) is not None}
     grads_a: dict[int, Tensor] = {}
@@ -193,51 +196,3 @@ def _scaled_mm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = N
     if out is not None and out.dtype != left.dtype:
         return out.copy_(torch.addmm(nothing, left, right, beta=0.0, alpha=scale))
     return torch.addmm(nothing, left, right, beta=0.0, alpha=scale, out=out)
-
-
-def _base_linears(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    compute_dtypes: Sequence[torch.dtype | None] | None,
-) -> list[Tensor]:
-    """x W_j^T + b_j, in the widest of x's dtype and the weight's; x and b are rounded to linear
-    j's compute dtype first.
-    """
-    ys = []
-    for j, bias in enumerate(biases):
-        w = weights[j]
-        compute = _compute_dtype(x, compute_dtypes, j)
-        b = None if bias is None else bias.to(compute).to(w.dtype)
-        y = F.linear(x.to(compute).to(w.dtype), w, b)
-        ys.append(y.to(torch.promote_types(y.dtype, x.dtype)))
-    return ys
-
-
-def _compute_dtype(
-    x: Tensor, compute_dtypes: Sequence[torch.dtype | None] | None, j: int
-) -> torch.dtype:
-    return (compute_dtypes[j] if compute_dtypes is not None else None) or x.dtype
-
-
-def _frozen_dx(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    compute_dtypes: Sequence[torch.dtype | None] | None,
-) -> Tensor:
-    """sum_j dy_j W_j, [M, K], in the widest of x's dtype and the weights'."""
-    dx: Tensor | None = None
-    for j, dy in enumerate(dys):
-        if dy is None:
-            continue
-        w = weights[j]
-        rounded = dy.to(_compute_dtype(x, compute_dtypes, j)).to(w.dtype)
-        if dx is None:
-            dx = torch.mm(rounded, w)
-            dx = dx.to(torch.promote_types(dx.dtype, x.dtype))
-        elif dx.dtype == w.dtype:
-            dx.addmm_(rounded, w)
-        else:
-            dx = dx + torch.mm(rounded, w)
-    return torch.zeros_like(x) if dx is None else dx

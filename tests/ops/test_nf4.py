@@ -532,3 +532,35 @@ def test_gpu_rules_of_the_statistics() -> None:
     torch.testing.assert_close((scaled - code[codes.int()]).abs(), best, rtol=0.0, atol=1e-7)
     exact, _ = reference.quantize_absmax(code, code, gpu_rules=True)
     assert torch.equal(exact, torch.arange(256, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(CUDA, reason="a CPU's cache")
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("columns", [96, 128, 127])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_weight_is_used_block_by_block(
+    nested: bool, columns: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of rows give what the whole weight gives; the buffer holds no more than one of them."""
+    from peftfast.ops import nf4 as op
+    from peftfast.ops.scratch import scratch_bytes
+
+    w4 = nf4.quantize(_draw_weight(2000, columns, dtype, 0), double_quant=nested)
+    x = torch.randn(70, columns, dtype=dtype, requires_grad=True)
+    b = torch.randn(2000, dtype=dtype) if bias else None
+    dy = torch.randn(70, 2000, dtype=dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        nf4.clear_scratch()
+        y = nf4.linear(x, w4, b)
+        return (y, *torch.autograd.grad(y, x, dy))
+
+    whole = run()
+    monkeypatch.setattr(op, "_BLOCK_BYTES", 1 << 17)
+    blocks = run()
+    if columns != 127:  # whose rows come together with the statistics' blocks after 16,384 only
+        assert scratch_bytes() <= 1 << 18
+    for ours, expected in zip(blocks, whole, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4 if dtype.itemsize == 4 else 2e-2,
+                                   atol=1e-4 if dtype.itemsize == 4 else 1e-1)  # fmt: skip
