@@ -75,6 +75,7 @@ class SplitRows {
     int64_t stride() const { return stride_; }
 
     void fill(int dtype, const void* x, int64_t rows) {
+        if (k_ == 0) return;
         const auto to_floats = kernels().to_floats;
         for (int64_t r = 0; r < rows; ++r) {
             to_floats(dtype, static_cast<const char*>(x) + r * k_ * element_size(dtype), k_, row_);

@@ -401,6 +401,7 @@ namespace pf {
 namespace {
 
 bool supported() {
+    __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");
 }

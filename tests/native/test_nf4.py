@@ -138,6 +138,24 @@ def test_numbers_at_midpoints_are_quantized_as_bitsandbytes_does(isa: str, quant
     assert torch.equal(nf4.quantize_blocks(w, 64, quant_type)[0], truth.packed)
 
 
+@pytest.mark.parametrize("count", [64, 61], ids=["full block", "incomplete block"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_numbers_near_scaled_midpoints(isa: str, quant_type: str, count: int) -> None:
+    """Where the last bit of the quotient decides: full blocks multiply by the inverse, an
+    incomplete one divides.
+    """
+    values = torch.tensor(sorted(reference.TABLES[quant_type]))
+    middles = (values[1:] + values[:-1]) / 2
+    for size in torch.rand(100) + 0.5:
+        near = middles * size
+        up, down = near.nextafter(torch.tensor(1.0)), near.nextafter(torch.tensor(-1.0))
+        w = torch.cat([size[None], near, up, down, size.expand(count)])[:count]
+        truth = bnb.quantize(w.view(1, -1), 64, quant_type, nested=False)
+        packed, absmax = nf4.quantize_blocks(w, 64, quant_type)
+        assert torch.equal(packed, truth.packed)
+        assert torch.equal(absmax, truth.scales)
+
+
 @drawn
 @given(st.integers(1, 1500), st.floats(-6, 3), st.booleans(), st.integers(0, 99))
 def test_statistics_are_quantized_as_bitsandbytes_does(
@@ -153,9 +171,10 @@ def test_statistics_are_quantized_as_bitsandbytes_does(
     assert torch.equal(absmax, state.absmax)
 
 
-def test_the_grid_of_statistics_at_every_point() -> None:
-    """Each of the 65,536 points of bitsandbytes' grid, from between them too."""
-    points = torch.linspace(-1, 1, 8 * 65536 + 1)
+def test_statistics_between_the_points_of_bitsandbytes_grid() -> None:
+    """On both sides of the middle between each two of the 65,536 points: the last bit counts."""
+    middles = (torch.arange(1, 65536, dtype=torch.float64) - 0.5) / 65535 * 2 - 1
+    points = torch.cat([middles + k * 2.0**-25 for k in (-2, -1, 0, 1, 2)]).float()
     blocks = points[: points.numel() // 255 * 255].view(-1, 255)
     values = torch.nn.functional.pad(blocks, (0, 1), value=1.0).reshape(-1)
     codes, _ = nf4.quantize_absmax(values, NESTED_CODE)
