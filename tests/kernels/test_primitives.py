@@ -76,8 +76,9 @@ def test_every_tile_is_valid(arch: int) -> None:
         for dropout in (False, True):
             assert tiles.is_valid(tiles.expand_tile(itemsize, dropout), arch, itemsize)
             for aligned in (False, True):
-                tile = tiles.matmul_tile(arch, itemsize, dropout, aligned)
-                assert tiles.is_valid(tile, arch, itemsize)
+                for widened in (False, itemsize == 2):
+                    tile = tiles.matmul_tile(arch, itemsize, dropout, aligned, widened)
+                    assert tiles.is_valid(tile, arch, itemsize)
         for lanes, block in ((1, 16), (3, 16), (8, 16), (3, 32), (3, 64), (1, 128), (2, 128)):
             for tile in (
                 tiles.shrink_tile(itemsize, 4, lanes, block),
