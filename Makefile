@@ -55,10 +55,10 @@ gpu:  ## GPU tests and benchmarks, with the current Python
 venv: $(INSTALLED)  ## the environment alone, in .venv
 
 clean:  ## remove the environment, build artefacts and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info peftfast/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find peftfast kernels benchmarks examples tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt | $(RUN)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*) | $(RUN)
 	$(PIP) install -c constraints.txt setuptools
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -132,6 +132,69 @@ def _step_table(rows: Sequence[Row]) -> str:
     return markdown(header, cells)
 
 
+def _dequantize_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "out", "in", "dtype", "ms", "quartiles", "output GB/s", "x copy"]
+    cells = []
+    for row in rows:
+        config, time = row["config"], row["time"]
+        cells.append(
+            [
+                row["variant"],
+                str(config["out_features"]),
+                str(config["in_features"]),
+                config["dtype"],
+                figure(1e3 * time["median"]),
+                f"{figure(1e3 * time['low'])}-{figure(1e3 * time['high'])}",
+                figure(row["output_bytes_per_second"] / 1e9, 1),
+                _ratio_to(row, rows, "copy"),
+            ]
+        )
+    return markdown(header, cells)
+
+
+def _nf4_linear_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "what", "M", "in", "out", "r", "dtype", "ms", "quartiles", "tokens/s"]
+    header += ["x floor"]
+    cells = []
+    for row in rows:
+        config = row["config"]
+        sizes = [config[key] for key in ("mode", "rows", "in_features", "out_features", "rank")]
+        cells.append(
+            [
+                row["variant"],
+                *map(str, sizes),
+                config["dtype"],
+                *_time_cells(row),
+                figure(row["distance_to_floor"]),
+            ]
+        )
+    return markdown(header, cells)
+
+
+def _qlora_step_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "step", "model", "tokens", "dtype", "adapters", "ms", "quartiles"]
+    header += ["tokens/s", "x PEFT", "peak MiB"]
+    cells = []
+    for row in rows:
+        config = row["config"]
+        tokens = f"{config['batch']} x {config['sequence']}" if config["mode"] == "train" else "1"
+        peak = row["peak_bytes"]
+        cells.append(
+            [
+                row["variant"],
+                config["mode"],
+                config["model"],
+                tokens,
+                config["dtype"],
+                config["adapters"],
+                *_time_cells(row),
+                _ratio_to(row, rows, "peft + bitsandbytes"),
+                "-" if peak is None else figure(peak / 2**20, 1),
+            ]
+        )
+    return markdown(header, cells)
+
+
 def _counted_table(rows: Sequence[Row]) -> str:
     header = ["variant", "adapters", "dropout", "total u", "beyond frozen u", "workspace u"]
     cells = [
@@ -154,5 +217,9 @@ def _counted_table(rows: Sequence[Row]) -> str:
 _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "lora_linear": _linear_table,
     "lora_siblings": _counted_table,
+    "nf4_dequantize": _dequantize_table,
+    "nf4_linear": _nf4_linear_table,
+    "qlora_linear": _counted_table,
     "train_step": _step_table,
+    "train_step_qlora": _qlora_step_table,
 }

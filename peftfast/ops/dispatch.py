@@ -98,9 +98,9 @@ def availability() -> dict[str, str | None]:
     else:
         device = torch.device("cpu")
     triton = triton_reasons(device, torch.float16)
-    native = [why for kind in ("cpu", device.type) for why in native_reasons(torch.device(kind))]
-    if device.type == "cuda" and len(native) < 2:
-        native = []  # one of the two libraries serves
+    kinds = dict.fromkeys(("cpu", device.type))  # one of the two libraries is enough to be of use
+    found = [native_reasons(torch.device(kind)) for kind in kinds]
+    native = [] if [] in found else [why for reasons in found for why in reasons]
     return {
         Impl.TRITON.value: "; ".join(triton) or None,
         Impl.NATIVE.value: "; ".join(native) or None,
