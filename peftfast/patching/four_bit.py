@@ -41,7 +41,7 @@ class Checked:
     """The weight of a 4-bit linear, held to its rules, or which of them it breaks.
 
     Attributes:
-        quant_state: the parameter's, as it was.
+        quant_state, state_id: the parameter's, as it was, and its id: torch.compile guards by that.
         outcome: the weight, sharing the parameter's memory; the reason why not; or None, once the
             memory was released.
         sound: whether there was no such reason.
@@ -50,8 +50,11 @@ class Checked:
     def __init__(self, base: Any, owner: State | None) -> None:
         param = base._parameters["weight"]
         self.quant_state = param.quant_state
-        self._attributes = _attributes(self.quant_state)
-        self._marks = _marks(param, self._attributes)
+        self.state_id = id(self.quant_state)
+        self._attributes = _attributes(self.quant_state)  # held, so that no other has their ids
+        self._ids = tuple(map(id, self._attributes))
+        self._tensors = [value for value in self._attributes if isinstance(value, Tensor)]
+        self._marks = self._marks_now(param)
         self._param: weakref.ref[Any] = weakref.ref(
             param, None if owner is None else _forget_in(owner)
         )
@@ -65,15 +68,21 @@ class Checked:
         the same object, and its tensors unwritten since. The old memory is held, so another tensor
         can't have its address.
         """
-        if param.quant_state is not self.quant_state or self._param() is not param:
-            return False
-        found = _attributes(self.quant_state)
         return (
-            self.outcome is not None
-            and len(found) == len(self._attributes)
-            and all(a is b for a, b in zip(found, self._attributes, strict=True))
-            and _marks(param, found) == self._marks
+            param.quant_state is self.quant_state
+            and self._param() is param
+            and self.outcome is not None
+            and tuple(map(id, _attributes(self.quant_state))) == self._ids
+            and self._marks_now(param) == self._marks
         )
+
+    def _marks_now(self, param: Any) -> list[int]:
+        """Where the parameter's data lies, and where and of which version every other tensor is."""
+        with torch._C.DisableTorchFunctionSubclass():
+            marks = [param.data_ptr(), param.numel()]
+        for tensor in self._tensors:
+            marks += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        return marks
 
     def read(self, compute_dtype: torch.dtype | None) -> NF4Weight | str:
         outcome = self.outcome
@@ -85,7 +94,7 @@ class Checked:
     def release(self) -> None:
         """Hold no memory of the weight any more."""
         self.outcome = None
-        self._attributes = ()
+        self._attributes, self._tensors = (), []
 
 
 def _examined(base: Any) -> NF4Weight | str:
@@ -191,7 +200,7 @@ def _traced(
     A trace can look at no values. What was found in an eager call, or by `patch`, counts.
     """
     checked = None if state is None else state.checked
-    if checked is None or not checked.sound or checked.quant_state is not quant_state:
+    if checked is None or not checked.sound or checked.state_id != id(quant_state):
         return "weight was not checked in an eager call before it was compiled"
     if getattr(quant_state, "packing_format_for_cpu", False):
         return REPACKED
@@ -239,17 +248,6 @@ def _attributes(quant_state: Any) -> tuple[Any, ...]:
     found = tuple(vars(quant_state).values())
     second = vars(quant_state).get("state2")
     return found if second is None else (*found, *vars(second).values())
-
-
-def _marks(param: Any, attributes: tuple[Any, ...]) -> list[Any]:
-    """Where the parameter's data lies, and where and of which version every other tensor is."""
-    with torch._C.DisableTorchFunctionSubclass():
-        marks: list[Any] = [param.data_ptr(), param.numel(), param.dtype]
-    for value in attributes:
-        if isinstance(value, Tensor):
-            version = 0 if value.is_inference() else value._version
-            marks += (value.data_ptr(), version)
-    return marks
 
 
 def _forget_in(owner: State) -> Any:

@@ -117,9 +117,7 @@ def read_call(module: Any, x: Tensor) -> LoraCall | str:
     if isinstance(call.weight, Tensor):
         return call
     own = call.weight.compute_dtype or x.dtype
-    return call._replace(
-        out_dtype=cast_after(x), biases_after=own != (autocast_dtype(x) or x.dtype)
-    )
+    return call._replace(out_dtype=cast_after(x), biases_after=own != x.dtype)
 
 
 def read_parameters(module: Any, x: Tensor | None = None) -> LoraCall | str:

@@ -212,6 +212,48 @@ def test_a_member_whose_compute_dtype_changes_between_the_calls() -> None:
     assert q.shape == x.shape
 
 
+def test_a_bias_written_between_the_calls() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=list("qkvo"))
+    model = randomise(get_peft_model(Attention("qkvo", FLOAT), config))
+    peft = copy_of(model)
+    patch(model, strict=True)
+    x = torch.randn(5, 64)
+    for _ in range(2):
+        model(x)
+    results = []
+    for block in (model.base_model.model, peft.base_model.model):
+        q = block.q(x)
+        with torch.no_grad():
+            block.k.base_layer.bias.add_(1.0)
+        results.append((q, block.k(x)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert "a weight or an adapter changed" in report(model).fused[0].note
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_biases_of_adapters_keep_their_dtype(autocast: bool) -> None:
+    """The base's bias is rounded to the compute_dtype, the adapter's is not."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(linear4bit(nn.Linear(64, 64), compute_dtype=HALF))
+    model.is_loaded_in_4bit = True
+    config = LoraConfig(r=2, target_modules=["0"], lora_bias=True)
+    model = randomise(get_peft_model(model, config))
+    peft = copy_of(model)
+    patch(model, strict=True)
+    x = torch.zeros(3, 64)
+    with torch.autocast("cpu", dtype=HALF, enabled=autocast):
+        got, expected = model(x), peft(x)
+        got.sum().backward()
+    assert got.dtype == expected.dtype == FLOAT
+    limit = HALF if autocast else FLOAT  # PEFT rounds the adapter's to autocast's dtype
+    assert (got - expected).abs().max() <= 4 * torch.finfo(limit).eps * expected.abs().max()
+    bias = next(p for n, p in model.named_parameters() if "lora_B" in n and n.endswith("bias"))
+    torch.testing.assert_close(bias.grad, torch.full((64,), 3.0 * config.lora_alpha / config.r))
+    assert all_ran_fused(model)
+
+
 # What bitsandbytes settles at the first call
 
 

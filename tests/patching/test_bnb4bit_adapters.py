@@ -11,6 +11,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
@@ -329,6 +330,24 @@ def test_hooks_on_bases_and_plain_linears() -> None:
     entries = {e.path.rpartition("layers.")[2]: e for e in report(models[0]).fused}
     assert entries["0.self_attn.q_proj"].delegations == {"the base layer has hooks": 1}
     assert not entries["0.self_attn.o_proj"].delegations
+
+
+@pytest.mark.parametrize("first", ["hooks", "patch"])
+def test_device_map(first: str) -> None:
+    """accelerate's hooks on every module; the plain linears' wrap the fused forward."""
+    model, peft = both()
+    unpatch(model)
+    on_each = dict(force_hooks=True, main_device="cpu")
+    dispatch_model(peft, {"": "cpu"}, **on_each)
+    if first == "hooks":
+        patch(dispatch_model(model, {"": "cpu"}, **on_each), strict=True)
+    else:
+        dispatch_model(patch(model, strict=True), {"": "cpu"}, **on_each)
+    for _ in range(2):
+        step_is_as_good(model, peft, inputs_of())
+    assert all(e.hits == 2 and not e.delegations for e in report(model).fused)
+    unpatch(model)
+    assert torch.equal(logits(model), logits(peft))
 
 
 # Files and copies

@@ -170,12 +170,28 @@ def test_no_memory_is_kept_that_the_layer_has_given_up(kind: str) -> None:
     assert old() is None  # no call has come since
     model(torch.randn(3, 64))
     old = weakref.ref(state_of(fused_module(model)).checked.outcome.packed)
-    model.to(torch.float64)
+    model.to(torch.float64).float()
     assert old() is None
     model(torch.randn(3, 64))
     old = weakref.ref(state_of(fused_module(model)).checked.outcome.packed)
     unpatch(model)
     assert old() is None
+
+
+def test_another_parameter_over_the_same_memory() -> None:
+    """The end of the one that is in use is waited for, not of the one that was."""
+    model, own = pair("plain")
+    first = base_of(model).weight
+    base_of(model).weight = bnb.nn.Params4bit(
+        first.data, quant_state=first.quant_state, bnb_quantized=True
+    )
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(model(x), own(x))
+    old = weakref.ref(state_of(fused_module(model)).checked.outcome.packed)
+    base_of(model).weight = linear4bit(nn.Linear(64, 128)).weight
+    gc.collect()
+    assert old() is None
+    assert first.numel()  # and the one that was is still there
 
 
 # Weights that are not as they should be

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,24 @@ def test_compiled_models_follow_changes(fresh_compiler: None) -> None:
     ops.clear()
     same(lambda m: m.to(torch.float64).to(FLOAT))
     assert sum("peftfast.nf4_linear" in op for op in ops) == 2
+
+
+def test_a_weight_that_no_one_has_looked_at(fresh_compiler: None) -> None:
+    """A graph can't look at values: bitsandbytes' own ops are in it, until an eager call has."""
+    model, peft, x = block(FLOAT)
+    for m in (model, peft):
+        for linear in linears4bit(m).values():
+            linear.weight.quant_state = copy.copy(linear.weight.quant_state)
+    graph, ops, _ = compiled(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), peft(x))
+    assert sum("bitsandbytes" in op for op in ops) == 4
+    assert not any("peftfast" in op for op in ops)
+    with torch.no_grad():
+        model(x)
+        ops.clear()
+        torch.testing.assert_close(graph(x), peft(x))
+    assert sum("peftfast" in op for op in ops) == 4
 
 
 def test_dropout_in_a_graph(fresh_compiler: None) -> None:
