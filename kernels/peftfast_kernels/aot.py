@@ -1,12 +1,14 @@
-"""Compile every pinned kernel variant for every architecture, without a GPU, and judge it.
+"""Compile every kernel for every architecture, without a GPU, and judge it.
 
     python -m peftfast_kernels.aot [--arch 80 90 ...] [--kernel NAME ...] [--json FILE] [--jobs N]
 
-Each module of `registry.KERNEL_MODULES` says with `aot_variants(arch)` which variants it pins for
-an architecture. A variant is red when its machine code spills to local memory, when a block takes
-more shared or tensor memory than the architecture has, when the tensor-core instructions that it
-means are missing, and when it does not compile. Exit status: 0 when no row is red, 1 when one is,
-2 on a wrong argument or an environment that can't compile.
+Each module of `registry.KERNEL_MODULES` says with `aot_variants(arch)` which variants of Triton
+kernels it pins for an architecture; `cuda_sources.KERNELS` are the kernels of csrc/cuda, compiled
+where their sources and nvcc are there. A kernel is red when its machine code spills to local
+memory, when a block takes more shared or tensor memory than the architecture has, when the
+tensor-core instructions or the wide accesses that it means are missing, and when it does not
+compile. Exit status: 0 when no row is red, 1 when one is, 2 on a wrong argument or an environment
+that can't compile.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
-from peftfast_kernels.cubin import CubinFacts, read_cubin
+from peftfast_kernels import cuda_sources
+from peftfast_kernels.cubin import CubinFacts, read_cubin, read_kernels
+from peftfast_kernels.cuda_sources import CudaCompileError, CudaKernel, Nvcc
 from peftfast_kernels.tiles import ARCHES, SHARED_LIMIT
 from peftfast_kernels.variant import Variant
 from peftfast_kernels.workers import Outcome, run_all
@@ -53,6 +57,15 @@ class Task:
     kernel: str
     config: str
     dtype: str
+
+
+@dataclass(frozen=True)
+class CudaTask:
+    """Kernels of the CUDA source, which are compiled together, for one architecture."""
+
+    nvcc: Nvcc
+    arch: int
+    kernels: tuple[CudaKernel, ...]
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,24 @@ def tasks_of(modules: Sequence[str], arches: Sequence[int]) -> list[Task]:
     ]
 
 
+def cuda_tasks(
+    kernels: Sequence[CudaKernel], arches: Sequence[int]
+) -> tuple[list[CudaTask], list[str]]:
+    """What can be compiled of these kernels, and remarks on what can't be, and why."""
+    if not kernels:
+        return [], []
+    nvcc = cuda_sources.find()
+    if isinstance(nvcc, str):
+        return [], [f"CUDA kernels are not compiled: {nvcc}"]
+    tasks = [CudaTask(nvcc, arch, tuple(kernels)) for arch in arches if arch in nvcc.arches]
+    remarks = [
+        f"CUDA kernels are not compiled for sm_{arch}: nvcc {nvcc.version} does not know it"
+        for arch in arches
+        if arch not in nvcc.arches
+    ]
+    return tasks, remarks
+
+
 @functools.cache
 def _variants(module: str, arch: int) -> tuple[Variant, ...]:
     imported = importlib.import_module(module)
@@ -99,8 +130,38 @@ def _variants(module: str, arch: int) -> tuple[Variant, ...]:
     return tuple(imported.aot_variants(arch))
 
 
-def compile_task(task: Task) -> Row:
-    """Compile the task's variant, read its cubin and judge it."""
+def compile_task(task: Task | CudaTask) -> list[Row]:
+    """Compile what the task names, read the machine code and judge it."""
+    return compile_cuda(task) if isinstance(task, CudaTask) else [compile_variant(task)]
+
+
+def compile_cuda(task: CudaTask) -> list[Row]:
+    """A row for each of the task's kernels."""
+    try:
+        found = read_kernels(cuda_sources.compile_cubin(task.nvcc, task.arch), task.arch)
+    except (CudaCompileError, ValueError) as error:
+        return failed_rows(task, f"does not compile: {error}")
+    rows = []
+    for kernel in task.kernels:
+        facts = found.get(kernel.symbol)
+        if facts is None:
+            rows.append(_failed(kernel, task.arch, f"{kernel.symbol} is not in the machine code"))
+            continue
+        reasons = judge(facts, facts.static_shared_bytes, 0, kernel.mma, task.arch)
+        reasons += [f"no {access}" for access in kernel.accesses if access not in facts.wide]
+        rows.append(
+            _row(kernel.name, task.arch, kernel.config, kernel.dtype, facts,
+                 facts.static_shared_bytes, reasons)
+        )  # fmt: skip
+    known = {kernel.symbol for kernel in (*cuda_sources.KERNELS, *task.kernels)}
+    for symbol in sorted(found.keys() - known):
+        reason = "cuda_sources.KERNELS does not name it"
+        rows.append(_failed(CudaKernel(symbol, symbol, "", ""), task.arch, reason))
+    return rows
+
+
+def compile_variant(task: Task) -> Row:
+    """The row of a Triton kernel."""
     variant = _variants(task.module, task.arch)[task.index]
     source = ASTSource(
         variant.kernel, dict(variant.signature), dict(variant.constexprs), dict(variant.attrs)
@@ -114,11 +175,23 @@ def compile_task(task: Task) -> Row:
     shared_bytes = compiled.metadata.shared + facts.static_shared_bytes
     tensor_columns = getattr(compiled.metadata, "tmem_size", None) or 0
     reasons = judge(facts, shared_bytes, tensor_columns, variant.mma, task.arch)
+    return _row(task.kernel, task.arch, task.config, task.dtype, facts, shared_bytes, reasons)
+
+
+def _row(
+    kernel: str,
+    arch: int,
+    config: str,
+    dtype: str,
+    facts: CubinFacts,
+    shared_bytes: int,
+    reasons: list[str],
+) -> Row:
     return Row(
-        kernel=task.kernel,
-        arch=task.arch,
-        config=task.config,
-        dtype=task.dtype,
+        kernel=kernel,
+        arch=arch,
+        config=config,
+        dtype=dtype,
         registers=facts.registers,
         spill_bytes=facts.spill_bytes,
         stack_bytes=facts.stack_bytes,
@@ -155,6 +228,13 @@ def judge(
     return reasons
 
 
+def failed_rows(task: Task | CudaTask, reason: str) -> list[Row]:
+    """The red rows of a task that gave no machine code."""
+    if isinstance(task, CudaTask):
+        return [_failed(kernel, task.arch, reason) for kernel in task.kernels]
+    return [failed_row(task, reason)]
+
+
 def failed_row(task: Task, reason: str) -> Row:
     """The red row of a variant that has no machine code."""
     return Row(
@@ -163,35 +243,46 @@ def failed_row(task: Task, reason: str) -> Row:
     )  # fmt: skip
 
 
-def compile_all(tasks: Sequence[Task], jobs: int, progress: TextIO | None = None) -> list[Row]:
+def _failed(kernel: CudaKernel, arch: int, reason: str) -> Row:
+    return Row(
+        kernel.name, arch, kernel.config, kernel.dtype, None, None, None, None, None, {}, "red",
+        reason,
+    )  # fmt: skip
+
+
+def compile_all(
+    tasks: Sequence[Task | CudaTask], jobs: int, progress: TextIO | None = None
+) -> list[Row]:
     """Rows of all tasks, in their order, compiled in `jobs` processes.
 
     A compiler that takes its process down with it (an assertion or a fault in native code) makes
-    that one row red.
+    the rows of that one task red.
     """
-    rows: dict[int, Row] = {}
-    for index, outcome in run_all(compile_task, tasks, min(jobs, len(tasks))):
-        rows[index] = row = _row_of(tasks[index], outcome)
+    rows: dict[int, list[Row]] = {}
+    for index, outcome in run_all(compile_task, tasks, max(1, min(jobs, len(tasks)))):
+        rows[index] = _rows_of(tasks[index], outcome)
         if progress is not None:
-            progress.write(f"\r{len(rows)}/{len(tasks)} {row.kernel} sm_{row.arch}\x1b[K")
+            last = rows[index][-1]
+            progress.write(f"\r{len(rows)}/{len(tasks)} {last.kernel} sm_{last.arch}\x1b[K")
             progress.flush()
     if progress is not None:
         progress.write("\r\x1b[K")
-    return [rows[index] for index in range(len(tasks))]
+    return [row for index in range(len(tasks)) for row in rows[index]]
 
 
-def _row_of(task: Task, outcome: Outcome) -> Row:
+def _rows_of(task: Task | CudaTask, outcome: Outcome) -> list[Row]:
     if outcome.died is not None:
         last_lines = "\n".join(outcome.output.splitlines()[-20:])
-        return failed_row(
+        return failed_rows(
             task, f"does not compile: the compiler ended with status {outcome.died}\n{last_lines}"
         )
-    row: Row = outcome.result
-    if row.registers is None:
-        # What failed inside a pass is written to stderr; the exception says only that one did.
-        errors = [line for line in outcome.output.splitlines() if "error:" in line]
-        row = replace(row, reason="\n".join([row.reason, *errors[:5]]))
-    return row
+    rows: list[Row] = outcome.result
+    # What failed inside a pass is written to stderr; the exception says only that one did.
+    errors = [line for line in outcome.output.splitlines() if "error:" in line][:5]
+    return [
+        row if row.registers is not None else replace(row, reason="\n".join([row.reason, *errors]))
+        for row in rows
+    ]
 
 
 def print_table(rows: Iterable[Row], file: TextIO) -> None:
@@ -244,7 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--modules", nargs="+", metavar="MODULE",
-        help="modules with aot_variants(arch) (default: registry.KERNEL_MODULES)",
+        help="only the Triton kernels of these modules with aot_variants(arch) (default: those of"
+        " registry.KERNEL_MODULES, and the CUDA kernels)",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
@@ -252,16 +344,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     try:
-        tasks = tasks_of(arguments.modules or _registered(), arguments.arch)
+        variants = tasks_of(arguments.modules or _registered(), arguments.arch)
     except ImportError as error:
         parser.error(str(error))
+    kernels = () if arguments.modules else cuda_sources.KERNELS
     if arguments.kernel:
-        names = sorted({task.kernel for task in tasks})
+        names = sorted({task.kernel for task in variants} | {kernel.name for kernel in kernels})
         unknown = sorted(set(arguments.kernel).difference(names))
         if unknown:
             parser.error(f"unknown kernel {', '.join(unknown)}; known: {', '.join(names)}")
-        tasks = [task for task in tasks if task.kernel in arguments.kernel]
-    if not tasks:
+        variants = [task for task in variants if task.kernel in arguments.kernel]
+        kernels = tuple(kernel for kernel in kernels if kernel.name in arguments.kernel)
+    cuda, remarks = cuda_tasks(kernels, arguments.arch)
+    tasks: list[Task | CudaTask] = [*variants, *cuda]
+    if not tasks and not remarks:
         parser.error("the modules pin no variant for these architectures")
 
     with ExitStack() as stack:
@@ -280,7 +376,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             json_file.write("\n")
     print_table(rows, out)
     reds = sum(row.verdict == "red" for row in rows)
-    print(f"\nvariants: {len(rows)}, red: {reds} (triton {triton.__version__})", file=out)
+    compilers = [f"triton {triton.__version__}"]
+    compilers += sorted({f"nvcc {task.nvcc.version}" for task in cuda})
+    print(file=out)
+    for remark in remarks:
+        print(remark, file=out)
+    print(f"variants: {len(rows)}, red: {reds} ({', '.join(compilers)})", file=out)
     return 1 if reds else 0
 
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of the machine, read from its cubin with triton's own tools.
+"""What compiled kernels take of the machine, read from their cubin with triton's own tools.
 
 One `cuobjdump -res-usage -sass` a cubin. Spilled bytes are counted in the machine code itself:
 every STL and LDL instruction times its width, stores and loads together, each instruction once
@@ -25,7 +25,8 @@ from triton.runtime.cache import get_cache_manager
 _SYSTEM_SHARED = {90: 1024, 100: 1024}
 
 _TARGET = re.compile(r"^\s*code for sm_(\d+)", re.MULTILINE)
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_USAGE = re.compile(r"^ Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", re.MULTILINE)
+_CODE = re.compile(r"^\t\tFunction : (\S+)$", re.MULTILINE)
 _INSTRUCTION = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P(?:\d+|T)\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)", re.MULTILINE
 )
@@ -34,13 +35,14 @@ _NATIVE = {90: re.compile(r"[A-Z]GMMA"), 100: re.compile(r"UTC[A-Z]*MMA")}
 _NATIVE_BEFORE = re.compile(r"[BDHIOQ]MMA")
 _KEPT_NAME = "cubin_facts.json"
 _WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+_WIDE = ("LDG", "STG", "LDGSTS")
 
 
 @dataclass(frozen=True)
 class CubinFacts:
     """Registers of a thread, bytes of a thread's stack frame, bytes that spill code moves to and
-    from local memory, bytes of static shared memory of a block, and tensor-core instructions by
-    opcode.
+    from local memory, bytes of static shared memory of a block, tensor-core instructions by opcode,
+    and accesses of 16 bytes to global memory ("LDG.128", "STG.128", "LDGSTS.128").
     """
 
     registers: int
@@ -48,6 +50,7 @@ class CubinFacts:
     spill_bytes: int
     static_shared_bytes: int
     mma: dict[str, int]
+    wide: dict[str, int]
 
     def native_mma(self, arch: int) -> int:
         """Number of tensor-core instructions of the architecture's own generation."""
@@ -56,7 +59,23 @@ class CubinFacts:
 
 
 def read_cubin(cubin: bytes, arch: int) -> CubinFacts:
-    """Facts of one cubin. Raises ValueError where it isn't machine code of sm_`arch`.
+    """Facts of a cubin with one kernel and the functions that it calls. Raises ValueError where it
+    isn't machine code of sm_`arch`.
+    """
+    functions = list(read_kernels(cubin, arch).values())
+    return CubinFacts(
+        registers=max(facts.registers for facts in functions),
+        stack_bytes=max(facts.stack_bytes for facts in functions),
+        spill_bytes=sum(facts.spill_bytes for facts in functions),
+        static_shared_bytes=max(facts.static_shared_bytes for facts in functions),
+        mma=dict(sum((Counter(facts.mma) for facts in functions), Counter())),
+        wide=dict(sum((Counter(facts.wide) for facts in functions), Counter())),
+    )
+
+
+def read_kernels(cubin: bytes, arch: int) -> dict[str, CubinFacts]:
+    """Facts of each kernel of a cubin, by its name. Raises ValueError where it isn't machine code
+    of sm_`arch`.
 
     Disassembling a large kernel takes half a second, so the facts are kept in triton's cache, under
     a key of the cubin and of this file.
@@ -65,10 +84,12 @@ def read_cubin(cubin: bytes, arch: int) -> CubinFacts:
     cache = get_cache_manager(content.hexdigest())
     kept = cache.get_file(_KEPT_NAME)
     if kept is not None and not knobs.compilation.always_compile:
-        return CubinFacts(**json.loads(Path(kept).read_text()))
-    facts = parse_listing(_disassemble(cubin), arch)
-    cache.put(json.dumps(asdict(facts)), _KEPT_NAME, binary=False)
-    return facts
+        known = json.loads(Path(kept).read_text())
+        return {name: CubinFacts(**facts) for name, facts in known.items()}
+    kernels = parse_listing(_disassemble(cubin), arch)
+    content_kept = json.dumps({name: asdict(facts) for name, facts in kernels.items()})
+    cache.put(content_kept, _KEPT_NAME, binary=False)
+    return kernels
 
 
 def _disassemble(cubin: bytes) -> str:
@@ -85,21 +106,30 @@ def _disassemble(cubin: bytes) -> str:
     return listing.stdout
 
 
-def parse_listing(listing: str, arch: int) -> CubinFacts:
-    """Facts from what `cuobjdump -res-usage -sass` prints.
+def parse_listing(listing: str, arch: int) -> dict[str, CubinFacts]:
+    """Facts of each kernel from what `cuobjdump -res-usage -sass` prints.
 
-    Raises ValueError where the listing is of another architecture, or has no instructions or no
-    resource usage.
+    Raises ValueError where the listing is of another architecture, or a kernel has no instructions
+    or no resource usage.
     """
     targets = set(_TARGET.findall(listing))
     if targets != {str(arch)}:
         found = ", ".join(f"sm_{target}" for target in sorted(targets)) or "no architecture"
         raise ValueError(f"the machine code is for {found}, not for sm_{arch}")
-    usage = [tuple(map(int, found)) for found in _USAGE.findall(listing)]
-    opcodes = [opcode.split(".") for opcode in _INSTRUCTION.findall(listing)]
-    if not usage or not opcodes:
+    usage = {name: tuple(map(int, numbers)) for name, *numbers in _USAGE.findall(listing)}
+    _, *parts = _CODE.split(listing)
+    code = dict(zip(parts[::2], parts[1::2], strict=True))
+    opcodes = {name: _INSTRUCTION.findall(text) for name, text in code.items()}
+    if not usage or usage.keys() != opcodes.keys() or not all(opcodes.values()):
         raise ValueError("cuobjdump listed no resource usage or no instructions")
-    registers, stack, shared = (max(column) for column in zip(*usage, strict=True))
+    return {
+        name: _facts(usage[name], [opcode.split(".") for opcode in opcodes[name]], arch)
+        for name in usage
+    }
+
+
+def _facts(usage: tuple[int, ...], opcodes: list[list[str]], arch: int) -> CubinFacts:
+    registers, stack, shared = usage
     return CubinFacts(
         registers=registers,
         stack_bytes=stack,
@@ -110,4 +140,11 @@ def parse_listing(listing: str, arch: int) -> CubinFacts:
         ),
         static_shared_bytes=max(0, shared - _SYSTEM_SHARED.get(arch, 0)),
         mma=dict(Counter(base for base, *_ in opcodes if _MMA.fullmatch(base))),
+        wide=dict(
+            Counter(
+                f"{base}.128"
+                for base, *modifiers in opcodes
+                if base in _WIDE and "128" in modifiers
+            )
+        ),
     )
