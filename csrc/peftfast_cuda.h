@@ -36,8 +36,8 @@ PF_EXPORT int pf_cuda_abi(void);
 // What a status means; never NULL, valid for as long as the library is loaded.
 PF_EXPORT const char* pf_cuda_error(int status);
 
-// A 4-bit weight of n elements, in row-major order: element 2i in the high half of packed[i], 2i+1 in
-// the low one. Plain statistics: absmax is float [blocks], the three pointers after it are null.
+// A 4-bit weight of n elements, in row-major order: element 2i in the high half of packed[i], 2i+1
+// in the low one. Plain statistics: absmax is float [blocks], the three pointers after it are null.
 // Nested ones: absmax is uint8_t [blocks], codes into nested_code [256], which nested_absmax
 // [ceil(blocks / 256)] scales and *offset shifts, each operation rounded to float. block_size is a
 // power of two, 32 to 4096; quant_type a pf_quant_type.
@@ -50,8 +50,8 @@ PF_EXPORT int pf_cuda_nf4_dequantize(
     void* out, void* stream);
 
 // Fill out [m, n_out] with x [m, k] W^T + bias [n_out] (NULL: none), W [n_out, k] the 4-bit weight
-// rounded to dtype, which x, bias and out have too; summed in float, rounded once. Meant for few rows
-// of x: W is decoded once for every 16 of them (float32: every 4).
+// rounded to dtype, which x, bias and out have too; summed in float, rounded once. Meant for few
+// rows of x: W is decoded once for every 16 of them (float32: every 4).
 PF_EXPORT int pf_cuda_nf4_gemv(
     const void* x, const void* packed, const void* absmax, const float* nested_absmax,
     const float* nested_code, const float* offset, int64_t m, int64_t n_out, int64_t k,

@@ -1,5 +1,6 @@
-// The C interface and its launches. This is the only file to compile: the kernels are in the headers
-// beside it. Compile with -std=c++17 for sm_80 and up, and link the CUDA runtime statically.
+// The C interface and its launches. This is the only file to compile: the kernels are in the
+// headers beside it. Compile with -std=c++17 for sm_80 and up, and link the CUDA runtime
+// statically.
 
 #include <atomic>
 
@@ -69,7 +70,8 @@ int check_weight(
     int block_size, int quant_type) {
     const bool nested = nested_absmax || nested_code || offset;
     if (nested && !(nested_absmax && nested_code && offset)) return PF_CUDA_BAD_STATISTICS;
-    if (block_size < kSmallestBlock || block_size > kLargestBlock || block_size & (block_size - 1)) {
+    const bool power = (block_size & (block_size - 1)) == 0;
+    if (!power || block_size < kSmallestBlock || block_size > kLargestBlock) {
         return PF_CUDA_BAD_BLOCK_SIZE;
     }
     if (quant_type != PF_NF4 && quant_type != PF_FP4) return PF_CUDA_BAD_QUANT_TYPE;

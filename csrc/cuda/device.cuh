@@ -70,7 +70,8 @@ template <typename T>
 PF_DEVICE T load(const T* from) {
     return __ldg(from);
 }
-// 16 bytes, zeros where they are not wanted, without a branch; what is read once takes no line of L1.
+// 16 bytes, zeros where they are not wanted, without a branch; what is read once takes no line of
+// L1.
 PF_DEVICE uint4 load_once_if(bool wanted, const void* from) {
     uint4 value{0, 0, 0, 0};
     asm volatile(
@@ -139,8 +140,8 @@ PF_DEVICE float widen(uint16_t narrow) {
 
 // sum [16, 8] += a [16, 16] b [16, 8] of a 16-bit type, the warp together. With g = lane / 4 and
 // t = lane % 4, a lane has of a: rows g and g + 8 at columns 2t, 2t + 1 in a0 and a1, the same rows
-// at columns 2t + 8, 2t + 9 in a2 and a3; of b: rows 2t, 2t + 1 of column g in b0, 2t + 8, 2t + 9 in
-// b1; of sum: columns 2t, 2t + 1 of row g, then of row g + 8.
+// at columns 2t + 8, 2t + 9 in a2 and a3; of b: rows 2t, 2t + 1 of column g in b0, 2t + 8, 2t + 9
+// in b1; of sum: columns 2t, 2t + 1 of row g, then of row g + 8.
 template <int kDtype>
 PF_DEVICE void mma(
     float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {

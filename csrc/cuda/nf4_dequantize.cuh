@@ -2,6 +2,22 @@
 //
 //     out[e] = round(table[index_e] * absmax[e / block_size])
 //     absmax[b] = round(round(nested_code[code_b] * nested_absmax[b / 256]) + offset)
+//
+// Moves n / 2 bytes of codes, the scales (n / block_size bytes, four times that where they are
+// plain) and out, once each: 2.52 bytes an element for 16-bit values and nested blocks of 64. For
+// 4096 x 4096 that is 42 MB: 21 us at 2.0 TB/s (A100), 12.6 us at 3.35 TB/s (H100).
+//
+// A warp takes 1024 elements at a time. It copies their codes, 16 bytes a lane, asynchronously into
+// shared memory of its own, two chunks ahead: 40 KiB on their way an SM, where the products of
+// bandwidth and latency ask for some 20. It reads them back as 4 bytes a lane (2 for float output),
+// side by side, so that a lane's values are 16 bytes of the output, and the warp's 512 in a row:
+// every store fills whole lines. A lane decodes the scale of one of the chunk's blocks, a chunk
+// ahead too; the others get it by a shuffle, as they get table entries.
+//
+// In the machine code (nvcc 13.0) of the loop, for 32 elements a lane: 191 instructions on sm_80,
+// 200 on sm_90 and sm_100, 36 of them shuffles: 6.3 an element at most. An SM issues 128 lanes'
+// instructions a clock, 20 elements; the bandwidth asks for 5.2 (A100) and 5.7 (H100). Shuffles,
+// loads and stores take some 68 of the load-store unit's clocks for 1024 elements: 15 a clock.
 #pragma once
 
 #include <type_traits>

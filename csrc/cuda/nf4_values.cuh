@@ -3,9 +3,9 @@
 // A table entry is looked up by a shuffle: lane l of every warp keeps entry l % 16, and a shuffle's
 // source is taken modulo 32, so an element costs a shift that brings its index to the lowest bits
 // (which of the two lanes with that entry answers does not matter, so the bit above needs no mask),
-// the shuffle, and the multiplication. A shuffle and a load from shared memory cost the same, 32 lanes
-// a clock and SM, but the load needs a mask too; selection by byte permutation takes 3 instructions
-// of the integer pipe (64 lanes a clock and SM) an element.
+// the shuffle, and the multiplication. A shuffle and a load from shared memory cost the same, 32
+// lanes a clock and SM, but the load needs a mask too; selection by byte permutation takes 3
+// instructions of the integer pipe (64 lanes a clock and SM) an element.
 #pragma once
 
 #include "device.cuh"
@@ -64,7 +64,8 @@ PF_DEVICE float nested_scale(float code_value, float outer, float offset) {
 }
 
 // `code_values` is nested_code, from wherever it was copied to.
-PF_DEVICE float scale_of(const Statistics& s, RawScale raw, const float* code_values, float offset) {
+PF_DEVICE float scale_of(
+    const Statistics& s, RawScale raw, const float* code_values, float offset) {
     return s.nested_absmax ? nested_scale(code_values[raw.bits], raw.outer, offset)
                            : float_of(raw.bits);
 }

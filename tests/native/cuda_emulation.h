@@ -1,9 +1,9 @@
 // Runs the kernels of csrc/cuda on a host, from their own source, thread by thread.
 //
 // Included ahead of csrc/cuda/api.cu, it takes the place of what csrc/cuda/device.cuh defines for a
-// GPU. Every thread of a block is a fiber; a shuffle, a product of matrices or a barrier waits until
-// all that take part are there; which thread runs in between is drawn at random, from a seed. On
-// the way it checks what a GPU would not say:
+// GPU. Every thread of a block is a fiber; a shuffle, a product of matrices or a barrier waits
+// until all that take part are there; which thread runs in between is drawn at random, from a seed.
+// On the way it checks what a GPU would not say:
 //   - every access to global memory: inside memory that the test has named, on its boundary, not
 //     into what is only read; writes are counted byte by byte;
 //   - that the lanes of a warp meet at the same operation, and that all threads come to a barrier;
@@ -33,7 +33,8 @@ struct uint4 {
 };
 
 using cudaError_t = int;
-constexpr int cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaDevAttrMultiProcessorCount = 16;
+constexpr int cudaSuccess = 0, cudaErrorInvalidConfiguration = 9;
+constexpr int cudaDevAttrMultiProcessorCount = 16;
 
 namespace emulation {
 
@@ -201,7 +202,8 @@ inline uint16_t float16_bits(float value) {
     const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
     const double size = std::fabs(static_cast<double>(value));
     if (size >= 65520.0) return sign | 0x7C00;
-    // The distance of neighbours: 2^-24 below the least normal number, else 2^-10 of the power of two.
+    // The distance of neighbours: 2^-24 below the least normal number, else 2^-10 of the power of
+    // two.
     const int exponent = size < std::ldexp(1.0, -14) ? -14 : std::ilogb(size);
     const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
     return static_cast<uint16_t>(sign + (exponent + 14) * 1024 + steps);
@@ -335,12 +337,13 @@ void launch(
 #define PF_LAUNCH(kernel, blocks_x, blocks_y, threads, stream, arguments) \
     ((void)(stream), emulation::launch(kernel, blocks_x, blocks_y, threads, arguments))
 
+// A device for each number of SMs, as what is known of a device is kept.
 inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = emulation::state().sms;
     return emulation::state().error;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-    *value = emulation::state().sms;
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int device) {
+    *value = device;
     return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() {
@@ -451,7 +454,8 @@ uint32_t pack(float low, float high) {
         return emulation::bfloat16_bits(low) |
                static_cast<uint32_t>(emulation::bfloat16_bits(high)) << 16;
     }
-    return emulation::float16_bits(low) | static_cast<uint32_t>(emulation::float16_bits(high)) << 16;
+    return emulation::float16_bits(low) |
+           static_cast<uint32_t>(emulation::float16_bits(high)) << 16;
 }
 template <int kDtype>
 float widen(uint16_t narrow) {
