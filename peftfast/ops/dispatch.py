@@ -98,6 +98,10 @@ def availability() -> dict[str, str | None]:
     else:
         device = torch.device("cpu")
     triton = triton_reasons(device, torch.float16)
+    if triton and device.type == "cpu" and _triton_missing() is None:
+        triton = [
+            "no CUDA device is there (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+        ]
     kinds = dict.fromkeys(("cpu", device.type))  # one of the two libraries is enough to be of use
     found = [native_reasons(torch.device(kind)) for kind in kinds]
     native = [] if [] in found else [why for reasons in found for why in reasons]
