@@ -5,7 +5,7 @@
 Moves the codes and scales of W once (K N / 2 bytes and the scales), x and out: the floor. x is
 read again by every program, from the caches. A program owns BLOCK_N rows of W, its warps
 different parts of K; they meet in registers at the end. Tensor cores take any x of up to 16 rows
-at one price: about eight instructions an element of W, of which one is the look-up in shared
+at one price: seven to ten instructions an element of W, of which one is the look-up in shared
 memory, two cut out the code and a half each rounds and moves it to where the tensor cores read it.
 Sums of products come to eight at one row and to 13 at four. Where N alone gives too few programs,
 K is split through a float32 workspace [splits, M, N], written and read once and summed in a fixed
@@ -60,9 +60,10 @@ def _nf4_gemv_kernel(
     BLOCK_K: tl.constexpr,
 ):
     GROUPS: tl.constexpr = BLOCK_K // 32
-    pid_n = tl.program_id(0).to(tl.int64)
-    pid_m = tl.program_id(1).to(tl.int64)
-    pid_s = tl.program_id(2).to(tl.int64)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid_n = (tl.program_id(0) % blocks_n).to(tl.int64)
+    pid_m = (tl.program_id(0) // blocks_n).to(tl.int64)
+    pid_s = tl.program_id(1).to(tl.int64)
     dtype = x_ptr.dtype.element_ty
     part = tl.arange(0, WARPS)[:, None, None]
     row = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
@@ -147,9 +148,9 @@ def gemv(
     sms = device.sm_count(x.device)
     even = depth % GROUP == 0
     tile = tiles.gemv_tile(rows, columns, x.element_size(), even, sms)
-    grid = (triton.cdiv(columns, tile.block_n), triton.cdiv(rows, tile.block_m))
+    blocks = triton.cdiv(columns, tile.block_n) * triton.cdiv(rows, tile.block_m)
     step = tile.num_warps * tile.block_k
-    span, splits = tiles.depth_splits(depth, grid[0] * grid[1], step, sms)
+    span, splits = tiles.depth_splits(depth, blocks, step, sms)
     precision = device.matmul_precision(x.dtype)
     full = x.dtype == torch.float32 and precision == "ieee"
     with device.current(x):
@@ -158,7 +159,7 @@ def gemv(
             partial = workspace.allocate((splits, rows, columns), x.device)
         launch(
             _nf4_gemv_kernel,
-            (*grid, splits),
+            (blocks, splits),
             x,
             packed,
             absmax,
