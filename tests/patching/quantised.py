@@ -116,7 +116,8 @@ def dense(linear: Any) -> nn.Linear:
     state.dtype = linear.compute_dtype or state.dtype  # which they are rounded to
     values = bnb.functional.dequantize_4bit(linear.weight.data, state)
     has_bias = linear.bias is not None
-    made = nn.Linear(linear.in_features, linear.out_features, bias=has_bias).double()
+    shape = linear.in_features, linear.out_features
+    made = nn.Linear(*shape, bias=has_bias, dtype=torch.float64, device=values.device)
     with torch.no_grad():
         made.weight.copy_(values.double())
         if has_bias:

@@ -85,6 +85,28 @@ def test_every_format(form: str) -> None:
     assert all_ran_fused(model)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtypes", ["prepared-for-kbit-training", "float32", "bf16"])
+def test_moved_after_patching(dtypes: str, device: str) -> None:
+    rest, adapters, compute = DTYPES[dtypes]
+    lora = {"target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}
+    model = qlora("qwen2", rest, adapters, lora=lora, compute_dtype=compute)
+    peft = copy_of(model).to(device)
+    patch(model, strict=True)
+    model(**inputs_of())
+    model.to(device)
+    inputs = {name: value.to(device) for name, value in inputs_of().items()}
+    for _ in range(3):
+        step_is_as_good(model, peft, inputs)
+    for columns in (1, 5):
+        tokens = {name: value[:1, :columns] for name, value in inputs.items()}
+        with torch.no_grad():
+            got, expected = model(**tokens).logits, peft(**tokens).logits
+        limit = 1e-4 if compute == FLOAT else 0.05
+        assert (got - expected).abs().max() <= limit * expected.abs().max()
+    assert all_ran_fused(model)
+
+
 @pytest.mark.parametrize("columns", [1, 2, 7])
 def test_few_rows(columns: int) -> None:
     """Decoding takes other kernels than training does."""

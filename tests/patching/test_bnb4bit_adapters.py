@@ -207,6 +207,8 @@ def test_adapters_put_on_linears_that_are_fused_already() -> None:
     assert all(isinstance(m, Linear4bit) for m in adapted_linears(models[0]).values())
     assert len(adapted_linears(models[0])) == 4
     patch(models[0], strict=True)
+    bases = {type(m.base_layer) for m in adapted_linears(models[0]).values()}
+    assert bases == {bnb.nn.Linear4bit}
     for _ in range(2):
         step_is_as_good(*models, inputs_of())
     assert all_fused(models[0])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftfast.ops import ImplUnavailable, nf4
 from peftfast.patching import FusedModule, NotFusedModule, lora_call, patch, report
+from peftfast.patching.state import state_of
 from tests.patching.quantised import HALF, Attention, base_model, linear4bit, linears4bit, qlora
 from tests.patching.tiny import copy_of, inputs_of, randomise
 
@@ -107,7 +108,7 @@ def test_exclude() -> None:
         patch(model, exclude=["base_layer"])  # those are not layers of their own
 
 
-@pytest.mark.parametrize("make", [lambda **s: qlora(lora=LORA, **s), base_model])
+@pytest.mark.parametrize("make", [qlora, base_model])
 @pytest.mark.parametrize("verify", [True, False])
 def test_an_implementation_that_cannot_serve(make: Any, verify: bool) -> None:
     model = make(compute_dtype=HALF)
@@ -133,6 +134,14 @@ def test_the_implementation_reaches_both_ops(monkeypatch: pytest.MonkeyPatch) ->
     model = patch(qlora(lora=LORA), impl="reference", verify=False)
     model(**inputs_of())
     assert asked == {"lora_linear": {"reference"}, "linear": {"reference"}}
+
+
+def test_plain_linears_are_nobody_s_siblings() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Attention("qkvo", torch.float32), LoraConfig(target_modules=["q"]))
+    block = patch(model, strict=True).base_model.model
+    model(torch.randn(3, 64))
+    assert all(state_of(m).siblings is None for m in (block.q, block.k, block.v, block.o))
 
 
 # The report
