@@ -275,8 +275,10 @@ inline void run_block() {
         s.lanes[i].kind = kNothing;
         s.ready.push_back(i);
     }
+    for (size_t i = s.ready.size(); i > 1; --i) std::swap(s.ready[i - 1], s.ready[draw() % i]);
+    const bool any = draw() % 2;
     while (!s.ready.empty()) {
-        std::swap(s.ready[draw() % s.ready.size()], s.ready.back());
+        if (any) std::swap(s.ready[draw() % s.ready.size()], s.ready.back());
         s.current = s.ready.back();
         s.ready.pop_back();
         swapcontext(&s.scheduler, &s.fibers[s.current].context);

@@ -139,6 +139,18 @@ def test_dequantized_bits_are_bitsandbytes(
 
 
 @pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", reference.BLOCK_SIZES)
+def test_dequantize_with_every_block_size(
+    emulation: Emulation, block_size: int, dtype: torch.dtype, nested: bool
+) -> None:
+    q = quantized((9 * CHUNK + 333,), block_size, "nf4", nested)
+    for out_dtype in {dtype, torch.float32}:
+        found = run_dequantize(emulation, q, dtype, out_dtype)
+        assert torch.equal(found, q.dequantized(dtype).to(out_dtype))
+
+
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("sms", [1, 2])
 def test_dequantize_takes_many_chunks_a_warp(emulation: Emulation, nested: bool, sms: int) -> None:
     emulation.sms = sms
@@ -223,6 +235,7 @@ def test_gemv_is_within_tolerance(
         (5, 17, 12320, 32),  # scales in three segments, the last one short
         (3, 2, 14336 + 32, 64),  # a second segment, blocks of which straddle rows
         (4, 3, 20000, 32),  # four
+        (3, 20, 480, 128),  # rows of four blocks that are cut into five
         (5, 1, 4096, 4096),  # a block a row
         (2, 6, 6144, 4096),  # blocks of one row and a half
     ],
@@ -271,6 +284,14 @@ def test_gemv_of_any_row_length(
     q = quantized((columns, in_features), block_size, quant_type, nested, seed)
     check_gemv(emulation, q, rows, dtype, biased, seed)
     assert emulation.kernel == "pf_nf4_gemv_any"
+
+
+@pytest.mark.parametrize("in_features", [1, 2, 16, 31, 33, 48, 272])
+def test_gemv_of_rows_that_are_no_run_of_vectors(emulation: Emulation, in_features: int) -> None:
+    for dtype in DTYPES:
+        q = quantized((70, in_features), 32, "nf4", True)
+        check_gemv(emulation, q, 2, dtype, True, 1)
+        assert emulation.kernel == "pf_nf4_gemv_any"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
