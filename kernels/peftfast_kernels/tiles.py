@@ -238,10 +238,11 @@ def few_rows(arch: int, itemsize: int, in_features: int) -> int:
     By arithmetic, until recorded rows say otherwise: dequantising and a GEMM move 4.5 bytes an
     element of a weight, or 8.5 in float32; the direct kernel moves 0.53 and is bound by its
     instructions, eight or nine an element up to 16 rows (at 4096 x 4096 on an H200, 5
-    microseconds against 18). bitsandbytes' own kernels win up to 64 rows on an H100, 128 on an A100 and 256 on
-    a 4090 by its thresholds. This stays at one tile of rows, and at half of one where memory is
-    fastest beside the instructions, as well as in float32, which has no tensor cores. Rows of W
-    that start within a group of 32 elements are read element by element, which wins nothing.
+    microseconds against 18). bitsandbytes' own kernels win up to 64 rows on an H100, 128 on an
+    A100 and 256 on a 4090 by its thresholds. This stays at one tile of rows, and at half of one
+    where memory is fastest beside the instructions, as well as in float32, which has no tensor
+    cores. Rows of W that start within a group of 32 elements are read element by element, which
+    wins nothing.
     """
     if in_features % 32:
         return 0
