@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="the command belongs to the Triton kernels' package")
+from triton import knobs
+
 from peftfast_kernels import aot, cuda_sources
 from peftfast_kernels.aot import CudaTask, compile_cuda
 from peftfast_kernels.cuda_sources import KERNELS, CudaKernel, Nvcc
@@ -170,6 +173,22 @@ def test_kernels_are_compiled_as_setup_compiles_them() -> None:
     flags = " ".join(assigned["NVCC_FLAGS"])
     assert all(flag in assigned["NVCC_FLAGS"] for flag in cuda_sources.FLAGS)
     assert not any(word in flags for word in ("fast", "ftz", "prec-", "fmad", "maxrreg", "-D"))
+
+
+LIBRARY = ROOT / "peftfast" / "native" / "libpeftfast_cuda.so"
+
+
+@needs_nvcc
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built")
+def test_the_built_library_has_code_for_every_architecture() -> None:
+    """Without its own an H100 finds no kernel: sm_89's and sm_100's do not run on it."""
+    assert isinstance(FOUND, Nvcc)
+    listing = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "-lelf", str(LIBRARY)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    built = {int(number) for number in re.findall(r"\.sm_(\d+)", listing)}
+    assert built == {arch for arch in ARCHES if arch in FOUND.arches}
 
 
 def test_each_kernel_of_the_sources_has_a_row() -> None:
