@@ -107,10 +107,9 @@ def quantize_blocks(
             last = last.clamp(min=_SMALLEST)
             parts.append((tail / last[:, None]).view(-1))
         scales.append(last)
+    if flat.numel() % 2:  # the last byte's other half: a zero of the last block
+        parts.append(0.0 * _inverse(scales[-1][-1:], gpu))
     indices = _nearest(torch.cat(parts), quant_type, gpu)
-    if indices.numel() % 2:
-        filler = _nearest(indices.new_zeros(1, dtype=torch.float32), quant_type, gpu)
-        indices = torch.cat([indices, filler])
     return (indices[::2] << 4) | indices[1::2], torch.cat(scales)
 
 
@@ -208,7 +207,12 @@ def _inverse(absmax: Tensor, gpu: bool) -> Tensor:
 
 
 def _nearest(scaled: Tensor, quant_type: str, gpu: bool) -> Tensor:
-    """Indices of the nearest table entries of values in [-1, 1], the lower one at a tie."""
+    """Indices of the nearest table entries of values in [-1, 1], the lower one at a tie.
+
+    By a GPU's rules, a block of zeros is scaled to NaN, above which there is no index: 0.
+    """
+    if gpu:
+        scaled = torch.where(scaled.isnan(), -2.0 if quant_type == "nf4" else 0.0, scaled)
     values = table(quant_type, scaled.device)
     if quant_type == "nf4":
         bounds = (values[:-1] + values[1:]) / 2

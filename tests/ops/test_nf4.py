@@ -521,6 +521,14 @@ def test_gpu_rules_of_rounding(quant_type: str) -> None:
         assert indices[e] == expected, (e, scaled)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_gpu_rules_of_a_block_of_zeros(quant_type: str) -> None:
+    """0 / 0 is above no threshold: bitsandbytes' CUDA kernels give index 0."""
+    w = torch.cat([torch.ones(64), torch.zeros(65)])
+    packed, absmax = reference.quantize_blocks(w, 64, quant_type, gpu_rules=True)
+    assert absmax.tolist() == [1.0, 0.0, 0.0] and not packed[32:].any()
+
+
 def test_gpu_rules_of_the_statistics() -> None:
     """The bisection ends at the nearest entry of the code, or beside it at a tie."""
     code = reference.nested_code(torch.device("cpu"))
