@@ -4,8 +4,9 @@ What bitsandbytes' `Linear4bit` computes (0.49 and 0.50), with C its compute_dty
 
     y = (x.to(C) W^T + b.to(C)).to(x.dtype)
 
-C, where it was not given, is the dtype of the first input that is float32 or bfloat16; and a bias
-of another dtype than C's becomes one of C's for good. A patched linear does the same to both.
+C, where it was not given, is the dtype of the first input, if that is float32 or bfloat16; and a
+bias of another dtype becomes one of C's for good (in 0.49 of x's). A patched linear does the same
+to both.
 
 Looking at the values of a weight's tables and scales costs a pass over them, and on a GPU a wait.
 So what was checked is kept, with everything that was looked at, and counts only for as long as all
@@ -15,6 +16,7 @@ has given up: it goes when the parameter does, and before anything is moved (`Re
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+from packaging.version import Version
 from torch import Tensor, nn
 
 from peftfast.ops.nf4 import NF4Weight
@@ -34,6 +37,7 @@ from peftfast.patching.state import KEY, State
 TYPES: tuple[type[nn.Module], ...] = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
 
 _PARAMETERS = (Params4bit, nn.Parameter)  # pickle makes one of the other
+_BIAS_AS_INPUT = Version(bnb.__version__) < Version("0.50.0.dev0")
 REPACKED = "weight is in bitsandbytes' packing for CPUs (`state_dict()` of its layer undoes it)"
 
 
@@ -154,11 +158,11 @@ def read_weight(base: Any, x: Tensor | None, state: State | None) -> NF4Weight |
 
 
 def read_bias(base: Any, x: Tensor | None) -> Tensor | None:
-    """The bias, cast to the compute_dtype for good as soon as there is an input."""
+    """The bias, cast for good as soon as there is an input, as bitsandbytes does it."""
     bias: Tensor | None = base._parameters["bias"]
     if bias is None or x is None:
         return bias
-    dtype = base.compute_dtype or x.dtype
+    dtype = x.dtype if _BIAS_AS_INPUT else base.compute_dtype or x.dtype
     if bias.dtype == dtype:
         return bias
     if torch.compiler.is_compiling():  # which can't give a parameter another dtype
@@ -180,16 +184,17 @@ def _read_base(base: Any, x: Tensor | None, state: State | None) -> Base | str:
 def view(base: Any) -> Any:
     """A view of a 4-bit linear on which a forward changes nothing of `base`.
 
-    bitsandbytes' forward settles the compute_dtype, casts the bias in place, and in evaluation
-    mode repacks the weight on some CPUs.
+    bitsandbytes' forward settles the compute_dtype, casts the bias in place, gives a parameter its
+    lost state back, and on a CPU writes into the state (0.49) or repacks the weight.
     """
-    bias = base._parameters["bias"]
-    parameters = {
-        "weight": base._parameters["weight"],
-        "bias": None if bias is None else nn.Parameter(bias.detach(), requires_grad=False),
-    }
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if type(weight) in _PARAMETERS:
+        state = copy.copy(getattr(weight, "quant_state", None))
+        weight = Params4bit(weight.data, quant_state=state, bnb_quantized=state is not None)
+    if bias is not None:
+        bias = nn.Parameter(bias.detach(), requires_grad=False)
     kind = next(k for k in type(base).__mro__ if k in TYPES)
-    return shallow(base, kind, training=True, _parameters=parameters)
+    return shallow(base, kind, training=True, _parameters={"weight": weight, "bias": bias})
 
 
 def _traced(

@@ -95,12 +95,15 @@ def test_patching_changes_nothing_else() -> None:
     flags = [m.training for m in model.modules()]
     versions = [p._version for p in model.parameters()]
     attributes = {name: id(value) for name, value in vars(base).items()}
+    statistics = {name: id(value) for name, value in vars(base.weight.quant_state).items()}
     state, values = torch.get_rng_state(), numbers(model)
     patch(model, strict=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == flags
     assert [p._version for p in model.parameters()] == versions
     assert {name: id(value) for name, value in vars(base).items()} == attributes
+    found = {name: id(value) for name, value in vars(base.weight.quant_state).items()}
+    assert found == statistics
     assert equal(numbers(model), values)
 
 

@@ -317,6 +317,7 @@ def test_a_lost_quant_state_comes_back(loss: Callable[[Any], None], kind: str) -
     lost = base_of(model).weight
     patch(model, strict=True)
     assert base_of(model).weight is lost
+    assert getattr(lost, "quant_state", None) is None
     torch.testing.assert_close(model(x), own(x))
     assert report(model).fused[0].hits == 1
 
