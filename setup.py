@@ -163,7 +163,8 @@ def _compile_cuda(library: Path, objects: Path) -> None:
         raise CompileError(f"{SOURCES / 'cuda'} holds no sources")
     compiler = _nvcc()
     known = _run([*compiler, "--list-gpu-code"]).split()
-    arches = [arch for arch in CUDA_ARCHES if f"sm_{arch}" in known]
+    # nvcc lists sm_90 and compiles sm_90a, its own instructions included, too.
+    arches = [arch for arch in CUDA_ARCHES if f"sm_{arch.rstrip('a')}" in known]
     if not arches:
         raise CompileError(f"{shlex.join(compiler)} compiles for none of sm_{CUDA_ARCHES}")
     newest = arches[-1].rstrip("a")

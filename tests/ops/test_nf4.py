@@ -550,7 +550,7 @@ def test_gpu_rules_of_the_statistics() -> None:
 def test_a_large_weight_is_used_block_by_block(
     nested: bool, columns: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of rows give what the whole weight gives; the buffer holds no more than one of them."""
+    """Blocks of rows give what the whole weight gives; the buffer holds no more than a block."""
     from peftfast.ops import nf4 as op
     from peftfast.ops.scratch import scratch_bytes
 
