@@ -181,6 +181,8 @@ def _adapter_reason(module: Any, name: str, a: Any, b: Any, dropout: Any) -> str
 
 def operand_reason(x: Tensor, call: LoraCall) -> str | None:
     """What `lora_linear` does not take, or PEFT gives another meaning: kinds, devices, dtypes."""
+    if isinstance(call.weight, NF4Weight) and (reason := four_bit_reason(x, call.weight)):
+        return reason
     autocast = autocast_dtype(x)
     dtype = autocast or x.dtype
     cast_dtypes = (dtype,) if autocast is None else SHORT_DTYPES
@@ -199,7 +201,7 @@ def operand_reason(x: Tensor, call: LoraCall) -> str | None:
                 return f"{name} is on {value.device}, the input on {x.device}"
             if value.dtype not in dtypes:
                 return f"{name} is {value.dtype}, the input {x.dtype}"
-    return None if isinstance(call.weight, Tensor) else four_bit_reason(x, call.weight)
+    return None
 
 
 def _base_operands(
