@@ -142,7 +142,7 @@ def _reasons(candidate: Candidate, patched: bool) -> tuple[str, ...]:
 def _fused_table(entries: list[FusedModule]) -> Any:
     if not entries:
         return None
-    columns = ("module", "count", "op", "impl", "with siblings", "ran", "left to PEFT", "note")
+    columns = ("module", "count", "op", "impl", "with siblings", "ran", "not run", "note")
     table = _table(f"fused ({len(entries)})", columns)
 
     def alike(entry: FusedModule) -> Hashable:
