@@ -18,7 +18,7 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
         seed: int64, one element, on the CPU.
         p: drop probability in [0, 1].
     """
-    keep = torch.empty(rows, cols, dtype=torch.bool)
+    keep = torch.empty(rows, cols, dtype=torch.bool, device="cpu")
     status = library.cpu().pf_cpu_dropout_mask(
         seed.data_ptr(),
         threshold(p) - _HALF,
@@ -41,7 +41,7 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, cols = x.shape
-    out = torch.empty(rows, cols, dtype=x.dtype)
+    out = torch.empty(rows, cols, dtype=x.dtype, device="cpu")
     status = library.cpu().pf_cpu_dropout_apply(
         seed.data_ptr(),
         threshold(p) - _HALF,

@@ -30,8 +30,8 @@ def quantize_blocks(w: Tensor, block_size: int, quant_type: str) -> tuple[Tensor
         packed: uint8 [ceil(n / 2)]; absmax: float32 [ceil(n / block_size)].
     """
     n = w.numel()
-    packed = torch.empty(-(-n // 2), dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device="cpu")
     status = library.cpu().pf_cpu_nf4_quantize(
         w.data_ptr(),
         DTYPES[w.dtype],
@@ -54,8 +54,8 @@ def quantize_absmax(values: Tensor, nested_code: Tensor) -> tuple[Tensor, Tensor
         codes: uint8 [blocks]; nested_absmax: float32 [ceil(blocks / 256)].
     """
     blocks = values.numel()
-    codes = torch.empty(blocks, dtype=torch.uint8)
-    nested_absmax = torch.empty(-(-blocks // _NESTED_BLOCK), dtype=torch.float32)
+    codes = torch.empty(blocks, dtype=torch.uint8, device="cpu")
+    nested_absmax = torch.empty(-(-blocks // _NESTED_BLOCK), dtype=torch.float32, device="cpu")
     status = library.cpu().pf_cpu_nf4_quantize_absmax(
         values.data_ptr(),
         nested_code.data_ptr(),

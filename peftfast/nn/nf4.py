@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfast.ops import Impl, nf4
 from peftfast.ops.dispatch import parse_impl
@@ -162,14 +163,18 @@ class NF4Linear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # Seen as bytes, the parts go where fn puts them, and no cast of dtypes touches them.
+        # Seen as bytes, the parts go where fn puts them, and no cast of dtypes touches them. They
+        # are taken out of torch's sight for the bias, and put back whatever happens.
         parts = {name: part for name in _PARTS if (part := getattr(self, name)) is not None}
+        held = {name: _moved(part, fn) for name, part in parts.items()}
         for name in parts:
             setattr(self, name, None)
-        super()._apply(fn, recurse)
-        for name, part in parts.items():
-            moved = fn(part.reshape(-1).view(torch.uint8))
-            setattr(self, name, moved.view(part.dtype).view(part.shape))
+        try:
+            super()._apply(fn, recurse)
+            parts = held
+        finally:
+            for name, part in parts.items():
+                setattr(self, name, part)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -192,7 +197,9 @@ class NF4Linear(nn.Module):
             missing_keys.append(name)
         else:
             try:
-                loaded = load_weight(found, name).clone().to(self.packed.device)
+                loaded = load_weight(found, name)
+                if not local_metadata.get("assign_to_params_buffers", False):
+                    loaded = loaded.clone().to(self.packed.device)
                 self.weight = loaded.with_compute_dtype(self.compute_dtype)
             except (KeyError, TypeError, ValueError) as error:
                 error_msgs.append(f"{name}: {error}")
@@ -207,6 +214,13 @@ class NF4Linear(nn.Module):
             f" bias={self.bias is not None}, {self.quant_type}, block_size={self.block_size},"
             f" double_quant={self.nested_absmax is not None}, compute_dtype={self.compute_dtype}"
         )
+
+
+def _moved(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    moved = fn(part.reshape(-1).view(torch.uint8))
+    if moved.dtype != torch.uint8:  # a cast of everything, as `Module.type` makes
+        return part.to(moved.device)
+    return moved.view(part.dtype).view(part.shape)
 
 
 def check_plain_linear(linear: Any) -> None:
@@ -245,10 +259,16 @@ def save_weight(weight: NF4Weight, destination: dict[str, Any], name: str) -> No
         settings |= {
             "nested_blocksize": NESTED_BLOCK,
             "nested_dtype": "float32",
-            "nested_offset": 0.0 if weight.offset.is_meta else weight.offset.item(),
+            "nested_offset": 0.0 if _is_empty(weight.offset) else weight.offset.item(),
         }
-    data = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+    text = list(json.dumps(settings).encode())
+    data = torch.tensor(text, dtype=torch.uint8, device="cpu")
     destination[f"{name}.quant_state.bitsandbytes__{weight.quant_type}"] = data
+
+
+def _is_empty(tensor: Tensor) -> bool:
+    """Whether it has no value to read."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def load_weight(entries: dict[str, Tensor], name: str) -> NF4Weight:
@@ -261,11 +281,16 @@ def load_weight(entries: dict[str, Tensor], name: str) -> NF4Weight:
 
     keys = [key for key in entries if key.startswith(f"{name}.quant_state.bitsandbytes__")]
     if len(keys) != 1:
-        raise ValueError(f"{len(keys)} entries quant_state.bitsandbytes__*; one is needed")
+        raise ValueError(
+            f"{len(keys)} entries {name}.quant_state.bitsandbytes__* beside it; one is needed (a"
+            " dense weight has none: load it into an nn.Linear, and `from_linear`)"
+        )
     try:
         settings = json.loads(bytes(entries[keys[0]].cpu().tolist()))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"quant_state holds no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"quant_state holds a {type(settings).__name__}; an object is needed")
     missing = {"quant_type", "blocksize", "dtype", "shape"} - set(settings)
     if missing:
         raise ValueError(f"quant_state lacks {', '.join(sorted(missing))}")
@@ -282,7 +307,8 @@ def load_weight(entries: dict[str, Tensor], name: str) -> NF4Weight:
             code=entry("nested_quant_map"),
             blocksize=settings.get("nested_blocksize"),
         )
-        offset = torch.tensor(float(settings["nested_offset"]), device=absmax.device)
+        value = float(settings["nested_offset"])
+        offset = torch.tensor(value, dtype=torch.float32, device=absmax.device)
     state = SimpleNamespace(
         quant_type=settings["quant_type"],
         blocksize=settings["blocksize"],

@@ -45,6 +45,7 @@ from peftfast.ops.operands import (
     check_seed,
     factors,
     is_batched,
+    is_traced,
     no_autocast,
     probabilities,
     shape,
@@ -276,11 +277,12 @@ def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
     if operands.seed is None and any(p > 0 for p in operands.dropout_p):
         seed = torch.randint(_SEED_LIMIT, (len(operands.lora_a),), device=x.device)
         operands = operands._replace(seed=seed)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and not torch.is_grad_enabled():
-        return tuple(_forward(operands, asked.value)[0])
+    traced = is_traced()
+    if not traced and not torch.is_grad_enabled():
+        ys, _ = _matrices(operands, asked)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
     parts, spec = flatten(operands.weights)
-    if compiling:
+    if traced:
         has_bias = [b is not None for b in operands.biases]
         present = [b for b in operands.biases if b is not None]
         fields = (present, *operands[3:])
@@ -327,18 +329,26 @@ def _module(impl: Impl) -> Any:
 
 
 def _forward(operands: _Operands, impl: str) -> tuple[list[Tensor], Tensor]:
-    """Outputs [..., N_j] and t [M, sum r_i]. W and b are cast here, and the casts not kept."""
-    asked, dtypes = Impl(impl), _dtypes(operands)
-    with no_autocast(operands.x):
-        serving = _implementation(asked, operands)
-        matrices, options = _prepared(operands, dtypes, serving, asked)
-        base = nf4.few_row_outputs(matrices.x, operands.weights, operands.biases, dtypes, asked)
-        if base is not None:
-            options["base_ys"] = base
-        ys, t = _module(serving).lora_linear_forward(*matrices, **options)
+    """Outputs [..., N_j] and t [M, sum r_i]."""
+    ys, t = _matrices(operands, Impl(impl))
     leading = operands.x.shape[:-1]
     # Not views for autograd: an output may be changed in place, as F.linear's may.
     return [torch.ops.aten._unsafe_view(y, (*leading, y.shape[-1])) for y in ys], t
+
+
+def _matrices(operands: _Operands, asked: Impl) -> tuple[list[Tensor], Tensor]:
+    """Outputs [M, N_j] and t [M, sum r_i]. W and b are cast here, and the casts not kept."""
+    x, dtypes = operands.x, _dtypes(operands)
+    with no_autocast(x):
+        serving = _implementation(asked, operands)
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        base = nf4.few_row_outputs(rows, operands.weights, operands.biases, dtypes, asked)
+        if base is None:
+            matrices, options = _prepared(operands, rows, dtypes, serving, asked)
+        else:
+            matrices, options = operands._replace(x=rows), {"base_ys": base}
+        ys, t = _module(serving).lora_linear_forward(*matrices, **options)
+    return ys, t
 
 
 def _backward(
@@ -351,9 +361,9 @@ def _backward(
     asked, dtypes = Impl(impl), _dtypes(operands)
     with no_autocast(operands.x):
         serving = _implementation(asked, operands, dys)
-        matrices, options = _prepared(operands, dtypes, serving, asked)
-        rows = matrices.x.shape[0]
-        flat = [None if dy is None else dy.reshape(rows, dy.shape[-1]) for dy in dys]
+        rows = operands.x.reshape(math.prod(operands.x.shape[:-1]), operands.x.shape[-1])
+        matrices, options = _prepared(operands, rows, dtypes, serving, asked)
+        flat = [None if dy is None else dy.reshape(len(rows), dy.shape[-1]) for dy in dys]
         grads = _module(serving).lora_linear_backward(
             flat, t, *matrices, need_x[0], *need, **options
         )
@@ -369,15 +379,18 @@ def _dtypes(operands: _Operands) -> list[torch.dtype]:
 
 
 def _prepared(
-    operands: _Operands, dtypes: Sequence[torch.dtype], serving: Impl, asked: Impl
+    operands: _Operands,
+    x: Tensor,
+    dtypes: Sequence[torch.dtype],
+    serving: Impl,
+    asked: Impl,
 ) -> tuple[_Operands, dict[str, Any]]:
-    """x as [M, in], W and b in the dtype of the base's product, and what else is to be said of it.
+    """The operands with x as [M, in], W and b in the dtype of the base's product, and what else is
+    to be said of it.
 
     4-bit weights, and 16-bit ones that a CPU multiplies faster in float32, become dense when they
     are read, one at a time.
     """
-    x = operands.x
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     quantised = any(isinstance(w, NF4Weight) for w in operands.weights)
     wide = None
     if serving is Impl.NATIVE and (quantised or x.shape[0] >= _WIDEN_ROWS):
@@ -489,6 +502,13 @@ class _LoRALinear(torch.autograd.Function):
 # the biases that exist travel as a plain list, and `has_bias` says whose they are.
 
 
+def _check_quantised(x: Tensor, weights: Sequence[Weight]) -> None:
+    """Hold 4-bit weights to x: a library op can be called by anyone, and kernels trust sizes."""
+    for j, w in enumerate(weights):
+        if isinstance(w, NF4Weight):
+            nf4.check_weight(x, w, f"weights[{j}]")
+
+
 @torch.library.custom_op(
     "peftfast::lora_linear",
     mutates_args=(),
@@ -500,7 +520,9 @@ def _library_forward(x: Tensor, parts: Any, spec: Any, biases: Any, *args: Any) 
     *fields, has_bias, impl = args
     present = iter(biases)
     every = [next(present) if has else None for has in has_bias]
-    return _forward(_Operands(x, unflatten(parts, spec), every, *fields), impl)
+    weights = unflatten(parts, spec, check=True)
+    _check_quantised(x, weights)
+    return _forward(_Operands(x, weights, every, *fields), impl)
 
 
 @_library_forward.register_fake
@@ -522,8 +544,9 @@ def _library_backward(
     dys: Any, t: Tensor, x: Tensor, parts: Any, spec: Any, *args: Any
 ) -> list[Tensor]:
     *fields, needs, impl = args
-    weights = unflatten(parts, spec)
+    weights = unflatten(parts, spec, check=True)
     operands = _Operands(x, weights, [None] * len(weights), *fields)
+    _check_quantised(x, weights)
     return _backward(dys, t, operands, needs, impl)
 
 

@@ -37,7 +37,7 @@ from peftfast.ops.nf4_weight import (
     rows_of,
     unflatten,
 )
-from peftfast.ops.operands import check_input, no_autocast, shape
+from peftfast.ops.operands import check_input, is_traced, no_autocast, shape
 from peftfast.ops.scratch import clear_scratch, scratch
 from peftfast.ops.second_order import first_order_only
 from peftfast.reference import nf4 as reference
@@ -113,6 +113,8 @@ def dequantize(
     """
     if not isinstance(w4, NF4Weight):
         raise TypeError(f"w4 is {type(w4).__name__}; an NF4Weight is needed")
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out is {type(out).__name__}; a tensor is needed")
     if dtype is None:
         dtype = w4.dtype if out is None else out.dtype
     if dtype not in DTYPES:
@@ -130,7 +132,7 @@ def dequantize(
         raise ValueError("out requires a gradient; dequantize has none to give")
     five = (w4.packed, w4.absmax, w4.nested_absmax, w4.nested_code, w4.offset)
     asked = parse_impl(impl)
-    if torch.compiler.is_compiling():
+    if is_traced():
         settings = (w4.block_size, w4.quant_type, dtype, asked.value)
         torch.ops.peftfast.nf4_dequantize(*five, *settings, out)
     else:
@@ -163,7 +165,7 @@ def linear(
     check_bias(x, w4, bias, "w4", "bias")
     asked = parse_impl(impl)
     parts, spec = flatten([w4])
-    if torch.compiler.is_compiling():
+    if is_traced():
         return torch.ops.peftfast.nf4_linear(x, parts, spec, bias, asked.value)
     if not torch.is_grad_enabled():
         return _forward(x, w4, bias, asked.value)
@@ -284,7 +286,8 @@ class DenseWeights(Sequence[Tensor]):
     def blocks(self, j: int) -> Iterator[tuple[int, int, Tensor]]:
         """Weight j as (first row, number of rows in all, dense block).
 
-        On a CPU what becomes dense stays in the cache until it is used, and the buffer small.
+        On a CPU what becomes dense stays in the cache until it is used, and the buffer small,
+        where rows and blocks of statistics come together often enough.
         """
         w, dtype = self._weights[j], self._dtypes[j]
         wide = dtype if self._gemm_dtype is None else torch.promote_types(dtype, self._gemm_dtype)
@@ -298,7 +301,7 @@ class DenseWeights(Sequence[Tensor]):
             stop = min(start + step, rows)
             dense = scratch((stop - start, w.shape[1]), wide, w.device)
             if isinstance(w, Tensor):
-                dense.copy_(w[start:stop])
+                dense.copy_(w[start:stop].to(dtype))
             else:
                 _dequantize_into(rows_of(w, start, stop), dtype, dense, self._asked)
             yield start, rows, dense
@@ -337,24 +340,26 @@ def few_row_outputs(
 
     x is [M, K]. The rule is `few_rows` of the implementation that serves.
     """
-    if x.shape[0] == 0:
+    rows = x.shape[0]
+    if rows == 0:
         return None
     modules = []
     for w, dtype in zip(weights, compute_dtypes, strict=True):
         if not isinstance(w, NF4Weight) or 0 in w.shape:
             return None
-        module = _module("gemv", w.device, dtype, asked)
-        if x.shape[0] > module.few_rows(w.device, dtype, w.shape[1], w.shape[0]):
+        device = w.packed.device
+        module = _module("gemv", device, dtype, asked)
+        if rows > module.few_rows(device, dtype, w.shape[1], w.shape[0]):
             return None
         modules.append(module)
     ys = []
     for module, w, bias, dtype in zip(modules, weights, biases, compute_dtypes, strict=True):
         assert isinstance(w, NF4Weight)
-        y = x.new_empty((x.shape[0], w.shape[0]), dtype=dtype)
+        y = x.new_empty((rows, w.shape[0]), dtype=dtype)
         parts = (w.packed, w.absmax, w.nested_absmax, w.nested_code, w.offset)
         b = None if bias is None else bias.to(dtype).contiguous()
         module.gemv(x.to(dtype).contiguous(), *parts, w.block_size, w.quant_type, b, y)
-        ys.append(y.to(x.dtype))
+        ys.append(y if dtype == x.dtype else y.to(x.dtype))
     return ys
 
 
@@ -467,6 +472,10 @@ def _fake_quantize(
 )
 def _library_dequantize(*args: Any) -> None:
     *five, block_size, quant_type, dtype, impl, out = args
+    packed, absmax, *nested = five
+    NF4Weight(packed, absmax, out.shape, dtype, block_size, quant_type, *nested)  # or raises
+    if not out.is_contiguous() or out.device != packed.device:
+        raise ValueError(f"out has strides {out.stride()} on {out.device}; contiguous is needed")
     module = _module("dequantize", out.device, dtype, Impl(impl))
     module.dequantize(*five, block_size, quant_type, dtype, out)
 
@@ -482,8 +491,10 @@ def _fake_dequantize(*args: Any) -> None:
     schema="(Tensor x, Tensor[] parts, int[] spec, Tensor? bias, str impl) -> Tensor",
 )
 def _library_linear(x: Tensor, parts: Any, spec: Any, bias: Tensor | None, impl: str) -> Tensor:
-    (w4,) = unflatten(parts, spec)
+    (w4,) = unflatten(parts, spec, check=True)
     assert isinstance(w4, NF4Weight)
+    check_weight(x, w4, "w4")
+    check_bias(x, w4, bias, "w4", "bias")
     return _forward(x, w4, bias, impl)
 
 
@@ -498,8 +509,10 @@ def _fake_linear(x: Tensor, parts: Any, spec: Any, bias: Tensor | None, impl: st
     schema="(Tensor dy, Tensor[] parts, int[] spec, str impl) -> Tensor",
 )
 def _library_linear_backward(dy: Tensor, parts: Any, spec: Any, impl: str) -> Tensor:
-    (w4,) = unflatten(parts, spec)
+    (w4,) = unflatten(parts, spec, check=True)
     assert isinstance(w4, NF4Weight)
+    if dy.shape[-1] != w4.shape[0]:
+        raise ValueError(f"dy is {shape(dy)}; [..., {w4.shape[0]}] is needed")
     return _backward(dy, w4, impl)
 
 

@@ -58,6 +58,8 @@ class NF4Weight:
                 raise TypeError(f"{name} is {value}; allowed: {', '.join(map(str, DTYPES))}")
         check_block_size(self.block_size)
         check_quant_type(self.quant_type)
+        if any(size < 0 for size in self.shape):
+            raise ValueError(f"shape is {list(self.shape)}; sizes can't be negative")
         count = self.numel()
         blocks = -(-count // self.block_size)
         self._check_part("packed", torch.uint8, (-(-count // 2),))
@@ -136,7 +138,7 @@ class NF4Weight:
             state.quant_type,
             None if second is None else second.absmax,
             None if second is None else second.code,
-            None if second is None else state.offset,
+            None if second is None else _offset(state.offset),
             compute_dtype,
         )
         _check_values(weight, state.code)
@@ -202,9 +204,9 @@ Weight = Tensor | NF4Weight
 
 
 def check_block_size(block_size: Any) -> None:
-    if block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(
-            f"block_size is {block_size}; allowed: {', '.join(str(size) for size in BLOCK_SIZES)}"
+            f"block_size is {block_size!r}; allowed: {', '.join(str(size) for size in BLOCK_SIZES)}"
         )
 
 
@@ -212,6 +214,12 @@ def check_quant_type(quant_type: Any) -> None:
     if quant_type not in _QUANT_TYPES:
         allowed = ", ".join(repr(name) for name in _QUANT_TYPES)
         raise ValueError(f"quant_type is {quant_type!r}; allowed: {allowed}")
+
+
+def _offset(offset: Any) -> Any:
+    """In float32: bitsandbytes loads it in torch's default dtype."""
+    is_float = isinstance(offset, Tensor) and offset.is_floating_point()
+    return offset.float() if is_float else offset
 
 
 def _check_values(weight: NF4Weight, code: Any) -> None:
@@ -285,8 +293,16 @@ def flatten(weights: Sequence[Weight]) -> tuple[list[Tensor], list[int]]:
     return tensors, spec
 
 
-def unflatten(tensors: Sequence[Tensor], spec: Sequence[int]) -> list[Weight]:
-    """The weights again; nothing is checked a second time."""
+def unflatten(
+    tensors: Sequence[Tensor], spec: Sequence[int], *, check: bool = False
+) -> list[Weight]:
+    """The weights again; unless `check`, nothing is checked a second time.
+
+    Raises:
+        TypeError, ValueError: parts and description don't belong together.
+    """
+    if check and (len(spec) % _SPEC or part_count(spec) != len(tensors)):
+        raise ValueError(f"spec has {len(spec)} numbers for {len(tensors)} tensors")
     weights: list[Weight] = []
     for start, entry in _entries(spec):
         parts, rows, columns, block_size, kind, dtype, compute = entry
@@ -308,6 +324,8 @@ def unflatten(tensors: Sequence[Tensor], spec: Sequence[int]) -> list[Weight]:
             offset=offset,
             compute_dtype=DTYPES[compute - 1] if compute else None,
         )
+        if check:
+            w.__post_init__()
         weights.append(w)
     return weights
 

@@ -64,8 +64,8 @@ def as_list(value: OneOrMore, name: str) -> list[Tensor]:
 
 
 def factors(value: Factors, count: int, name: str) -> list[float]:
-    if type(value) is float and math.isfinite(value):  # as a rule, and cheap to see
-        return [value] * count
+    if type(value) is float and (torch.compiler.is_compiling() or math.isfinite(value)):
+        return [value] * count  # as a rule, and cheap to see
     if isinstance(value, (Tensor, str)) or not isinstance(value, (Real, Iterable)):
         raise TypeError(f"{name} is {type(value).__name__}; a number or a list of them is needed")
     values: list[Any] = [value] * count if isinstance(value, Real) else list(value)
@@ -74,7 +74,7 @@ def factors(value: Factors, count: int, name: str) -> list[float]:
     for one in values:
         if not isinstance(one, Real):
             raise TypeError(f"{name} holds {type(one).__name__}; numbers are needed")
-        if not math.isfinite(one):
+        if not torch.compiler.is_compiling() and not math.isfinite(one):
             raise ValueError(f"{name} is {one}; a finite number is needed")
     return [float(one) for one in values]
 
@@ -85,6 +85,17 @@ def probabilities(value: Factors, count: int, name: str) -> list[float]:
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"{name} is {p}; a probability in [0, 1] is needed")
     return values
+
+
+def is_traced() -> bool:
+    """Whether calls are recorded (torch.compile, make_fx, torch.jit.trace), as library ops: no
+    tracer sees what native code and kernels do.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
 
 
 def is_batched(values: Iterable[Tensor | None]) -> bool:

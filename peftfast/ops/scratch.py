@@ -27,7 +27,7 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
         _threads.buffer = None  # free the small one first
         # An ordinary tensor even in inference mode: it outlives that.
         with torch.inference_mode(False):
-            buffer = _threads.buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = _threads.buffer = torch.empty(size, dtype=torch.uint8, device=device)
     return buffer[:size].view(dtype).view(tuple(shape))
 
 

@@ -91,16 +91,17 @@ def lora_linear_forward(
         gemm_dtype: a wider dtype for products of narrower operands, which are exact in it.
         drop: the masked copy of x, as `peftfast.reference.dropout.drop`.
     """
-    t = x.new_empty((x.shape[0], sum(a.shape[0] for a in lora_a)), dtype=bottleneck_dtype(lora_a))
-    columns = t.split([a.shape[0] for a in lora_a], dim=1)
-    wide = _wider(t.dtype, gemm_dtype)
+    wide = _wider(bottleneck_dtype(lora_a), gemm_dtype)
     shared_x = x.to(wide)
-    for i, (a, column) in enumerate(zip(lora_a, columns, strict=True)):
+    columns = []
+    for i, a in enumerate(lora_a):
         inputs = shared_x
         if dropout_p[i] > 0:
             assert seed is not None
             inputs = drop(shared_x, seed[i], dropout_p[i])
-        _scaled_mm(inputs, a.to(wide).t(), scaling[i] * keep_scale(dropout_p[i]), column)
+        columns.append(_scaled_mm(inputs, a.to(wide).t(), scaling[i] * keep_scale(dropout_p[i])))
+    t = (columns[0] if len(columns) == 1 else torch.cat(columns, 1)).to(bottleneck_dtype(lora_a))
+    columns = list(t.split([a.shape[0] for a in lora_a], dim=1)) if len(columns) > 1 else [t]
     if base_ys is None:
         ys = base_linears(x, weights, biases, compute_dtypes)
     else:
@@ -190,9 +191,6 @@ def _wider(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
     return dtype if other is None else torch.promote_types(dtype, other)
 
 
-def _scaled_mm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+def _scaled_mm(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left right, rounded once."""
-    nothing = left.new_zeros(())
-    if out is not None and out.dtype != left.dtype:
-        return out.copy_(torch.addmm(nothing, left, right, beta=0.0, alpha=scale))
-    return torch.addmm(nothing, left, right, beta=0.0, alpha=scale, out=out)
+    return torch.addmm(left.new_zeros(()), left, right, beta=0.0, alpha=scale)

@@ -22,8 +22,6 @@ blocks multiply, FP4 rounds at thresholds of seven digits and the 8-bit code is 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -63,22 +61,20 @@ _FP4_GPU_BOUNDS = (
 _FP4_GPU_ORDER = (0, 1, 6, 7, 4, 5, 2, 3)
 
 
-@functools.cache
 def table(quant_type: str, device: torch.device) -> Tensor:
     """The 16 values of "nf4" or "fp4", float32."""
     return torch.tensor(TABLES[quant_type], dtype=torch.float32, device=device) + 0.0
 
 
-@functools.cache
 def nested_code(device: torch.device) -> Tensor:
     """The 256 values of the signed dynamic 8-bit code, ascending, float32."""
     values = [0.0, 1.0]
     for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         means = (bounds[:-1] + bounds[1:]) / 2.0
         scale = 10 ** (i - 6)
         values += (scale * means).tolist() + (-scale * means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32).to(device)
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def quantize_blocks(

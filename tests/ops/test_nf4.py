@@ -219,7 +219,7 @@ def _state(**changes: Any) -> tuple[Tensor, Any]:
         ({"shape": torch.Size((64, 130))}, ValueError, "packed is"),
         ({"shape": None}, ValueError, "quant_state.shape is None"),
         ({"offset": None}, ValueError, "belong together"),
-        ({"offset": lambda v: v.half()}, TypeError, "offset is torch.float16"),
+        ({"offset": lambda v: v.int()}, TypeError, "offset is torch.int32"),
         ({"offset": lambda v: v * torch.nan}, ValueError, "offset is not finite"),
         ({"state2__absmax": lambda v: v[:0]}, ValueError, "nested_absmax is"),
         ({"state2__absmax": lambda v: v * torch.inf}, ValueError, "nested_absmax is not finite"),
