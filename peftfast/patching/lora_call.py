@@ -114,10 +114,15 @@ def read_call(module: Any, x: Tensor) -> LoraCall | str:
         return call
     if reason := operand_reason(x, call):
         return reason
+    if autocast_dtype(x) is None and any(
+        b is not None and b.dtype != x.dtype for b in call.lora_bias
+    ):  # float32 ones over 16 bits, which PEFT adds before it rounds
+        call = call._replace(out_dtype=x.dtype, biases_after=True)
     if isinstance(call.weight, Tensor):
         return call
     own = call.weight.compute_dtype or x.dtype
-    return call._replace(out_dtype=cast_after(x), biases_after=own != x.dtype)
+    after = call.biases_after or own != x.dtype
+    return call._replace(out_dtype=cast_after(x) or call.out_dtype, biases_after=after)
 
 
 def read_parameters(module: Any, x: Tensor | None = None) -> LoraCall | str:
@@ -190,7 +195,7 @@ def operand_reason(x: Tensor, call: LoraCall) -> str | None:
         *_base_operands(call, cast_dtypes),
         ("lora_A", call.lora_a, (dtype, torch.float32)),
         ("lora_B", call.lora_b, (dtype, torch.float32)),
-        ("lora_B's bias", call.lora_bias, cast_dtypes),
+        ("lora_B's bias", call.lora_bias, (*cast_dtypes, torch.float32)),
     ):
         for value in values:
             if value is None:

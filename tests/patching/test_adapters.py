@@ -259,14 +259,21 @@ def test_lora_bias_gets_its_gradient() -> None:
     assert all(bias.grad is not None and bias.grad.any() for bias in biases)
 
 
-def test_float32_lora_bias_over_half_precision_is_left_to_peft() -> None:
-    """In the op it would be rounded with the base's bias, and so would its gradient."""
+def test_float32_lora_bias_over_half_precision() -> None:
+    """In the op it would be rounded with the base's bias, and so would its gradient: it is added
+    after, in float32.
+    """
     model = adapted("qwen2", lora_bias=True).to(torch.bfloat16)
     for module in lora_linears(model).values():
         module.lora_A.float()
         module.lora_B.float()
-    with pytest.warns(UserWarning, match="lora_B's bias is torch.float32"):
-        patch(model)
+    peft = copy_of(model)
+    patch(model, strict=True)
+    for _ in range(2):
+        step_is_as_good(model, peft, inputs_of())
+    assert all_fused(model)
+    biases = [m.lora_B["default"].bias for m in lora_linears(model).values()]
+    assert all(bias.grad is not None and bias.grad.dtype == torch.float32 for bias in biases)
 
 
 def test_modules_to_save() -> None:
