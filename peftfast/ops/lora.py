@@ -283,7 +283,7 @@ def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
     parts, spec = flatten(operands.weights)
     if traced:
-        has_bias = [b is not None for b in operands.biases]
+        has_bias = [int(b is not None) for b in operands.biases]
         present = [b for b in operands.biases if b is not None]
         fields = (present, *operands[3:])
         return tuple(
@@ -514,7 +514,7 @@ def _check_quantised(x: Tensor, weights: Sequence[Weight]) -> None:
     mutates_args=(),
     schema="(Tensor x, Tensor[] parts, int[] spec, Tensor[] biases, Tensor[] lora_a,"
     " Tensor[] lora_b, int[] owners, float[] scaling, float[] dropout_p, Tensor? seed,"
-    " bool[] has_bias, str impl) -> (Tensor[], Tensor)",
+    " int[] has_bias, str impl) -> (Tensor[], Tensor)",
 )
 def _library_forward(x: Tensor, parts: Any, spec: Any, biases: Any, *args: Any) -> Any:
     *fields, has_bias, impl = args
@@ -566,7 +566,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, parts, spec, biases, lora_a, lora_b, *settings, seed, has_bias, impl = inputs
     present = iter(biases)
     needs = [x.requires_grad, *_weight_needs(spec, [p.requires_grad for p in parts])]
-    needs += [has and next(present).requires_grad for has in has_bias]
+    needs += [bool(has) and next(present).requires_grad for has in has_bias]
     needs += [v.requires_grad for v in (*lora_a, *lora_b)]
     ctx.spec, ctx.settings, ctx.has_bias = spec, settings, has_bias
     ctx.needs, ctx.impl = needs, impl

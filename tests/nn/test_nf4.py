@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ def test_loading_copies() -> None:
     assert module.packed.any()
 
 
+def _resettle(state: dict[str, Tensor], **changes: Any) -> None:
+    """Change the settings in a state_dict."""
+    key = "weight.quant_state.bitsandbytes__nf4"
+    settings = json.loads(bytes(state[key].tolist())) | changes
+    state[key] = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -88,6 +96,9 @@ def test_loading_copies() -> None:
         (lambda s: s["weight.nested_quant_map"].neg_(), "not an ascending table"),
         (lambda s: s["weight.quant_state.bitsandbytes__nf4"].fill_(255), "holds no JSON"),
         (lambda s: s.update(NF4Linear(IN, 2 * OUT).state_dict()), "is needed"),
+        (lambda s: _resettle(s, blocksize=64.0), "block_size is 64.0"),
+        (lambda s: _resettle(s, shape=[-40, -128]), "can't be negative"),
+        (lambda s: s.pop("weight.quant_state.bitsandbytes__nf4"), "a dense weight has none"),
     ],
 )
 def test_a_damaged_state_changes_nothing(spoil: Any, message: str) -> None:
@@ -111,6 +122,50 @@ def test_moving_and_casting_leave_the_statistics_alone() -> None:
     assert all(part.is_meta for part in _parts(module)) and module.bias.is_meta
     module.to_empty(device="cpu")
     assert [part.shape for part in _parts(module)] == [part.shape for part in before]
+
+
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_a_move_that_fails_changes_nothing(where: str) -> None:
+    module, x = NF4Linear.from_linear(_linear()), torch.randn(3, IN)
+    y = module(x)
+
+    def fail(tensor: Tensor) -> Tensor:
+        if (tensor.dtype == torch.uint8) == (where == "weight"):
+            raise RuntimeError("out of memory")
+        return tensor
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module._apply(fail)
+    assert torch.equal(module(x), y)
+
+
+def test_a_cast_of_everything_spares_the_weight() -> None:
+    module = NF4Linear.from_linear(_linear())
+    before = [part.clone() for part in _parts(module)]
+    module.type(torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(_parts(module), before, strict=True))
+
+
+def test_loading_with_assign_takes_the_tensors_and_their_device() -> None:
+    state = NF4Linear(IN, OUT).state_dict()
+    with torch.device("meta"):
+        module = NF4Linear(IN, OUT)
+    module.load_state_dict(state, assign=True)
+    assert module.packed.data_ptr() == state["weight"].data_ptr()
+    assert not any(part.is_meta for part in _parts(module))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_loading_does_not_hang_on_the_default_dtype(dtype: torch.dtype) -> None:
+    module, other = NF4Linear(IN, OUT), NF4Linear(IN, OUT)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            state = other.state_dict()
+        module.load_state_dict(state)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert _same(module, other)
 
 
 def test_copies_and_pickles() -> None:

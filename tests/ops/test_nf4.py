@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from peftfast.native import library
@@ -260,6 +262,8 @@ GOOD = torch.linspace(-1, 1, 64 * 128).view(64, 128)
         (lambda w: nf4.quantize(w.double()), TypeError, "w is torch.float64"),
         (lambda w: nf4.quantize(w[:0]), ValueError, "w is empty"),
         (lambda w: nf4.quantize(w, block_size=16), ValueError, "block_size is 16"),
+        (lambda w: nf4.quantize(w, block_size=64.0), ValueError, "block_size is 64.0"),
+        (lambda w: nf4.dequantize(nf4.quantize(w), out=[1]), TypeError, "out is list"),
         (lambda w: nf4.quantize(w, quant_type="NF4"), ValueError, "quant_type is 'NF4'"),
         (lambda w: nf4.quantize(w / 0), ValueError, "not finite"),
         (lambda w: nf4.quantize(w, impl="fast"), ValueError, "impl is 'fast'"),
@@ -572,3 +576,115 @@ def test_a_large_weight_is_used_block_by_block(
     for ours, expected in zip(blocks, whole, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4 if dtype.itemsize == 4 else 2e-2,
                                    atol=1e-4 if dtype.itemsize == 4 else 1e-1)  # fmt: skip
+
+
+# Surroundings: default devices and dtypes, tracers, fake tensors
+
+
+@pytest.mark.skipif(CUDA, reason="CPU tensors")
+def test_a_default_device_elsewhere_is_not_followed() -> None:
+    w4 = nf4.quantize(GOOD)
+    x, a, b = torch.randn(40, 128), torch.randn(4, 128), torch.randn(64, 4)
+    seed = torch.tensor([3])
+    expected = lora_linear(x, w4, None, a, b, 1.0, dropout_p=0.5, seed=seed)
+    nf4.clear_scratch()
+    with torch.device("meta"):
+        again = nf4.quantize(GOOD)
+        got = lora_linear(x, w4, None, a, b, 1.0, dropout_p=0.5, seed=seed)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(p, q) for p, q in zip(again.parts, w4.parts, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracers_see_library_ops(rows: int) -> None:
+    w4 = nf4.quantize(GOOD.to(DEVICE))
+    x = torch.randn(rows, 128, device=DEVICE)
+    a, b = torch.randn(4, 128, device=DEVICE), torch.randn(64, 4, device=DEVICE)
+
+    def run(x: Tensor) -> Tensor:
+        return lora_linear(x, w4, None, a, b, 0.5) + nf4.linear(x, w4)
+
+    expected = run(x)
+    for traced in (make_fx(run)(x), torch.jit.trace(run, x, check_trace=False)):
+        nf4.clear_scratch()
+        nf4.linear(torch.randn(40, 128, device=DEVICE), nf4.quantize(GOOD.flip(0).to(DEVICE)))
+        torch.testing.assert_close(traced(x), expected)
+
+
+@pytest.mark.slow
+def test_a_scaling_may_be_symbolic() -> None:
+    w4 = nf4.quantize(GOOD.to(DEVICE))
+    x, a = torch.randn(7, 128, device=DEVICE), torch.randn(4, 128, device=DEVICE)
+    b = torch.randn(64, 4, device=DEVICE)
+
+    def run(x: Tensor, scaling: float) -> Tensor:
+        return lora_linear(x, w4, None, a, b, scaling)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for scaling in (2.0, 1.0, 0.25):
+        torch.testing.assert_close(compiled(x, scaling), run(x, scaling))
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    with FakeTensorMode() as mode:
+        w4 = nf4.quantize(torch.randn(64, 128))
+        y = nf4.linear(torch.randn(40, 128), w4)
+    assert isinstance(y, FakeTensor) and y.shape == (40, 64) and mode is not None
+    real = nf4.quantize(GOOD.to(DEVICE))
+    assert type(nf4.dequantize(real, impl="reference")) is Tensor
+
+
+@pytest.mark.skipif(CUDA, reason="a CPU's GEMM")
+@pytest.mark.parametrize("outs", [1000, 2200])
+def test_autocast_rounds_small_and_large_dense_weights_alike(outs: int) -> None:
+    x, w = torch.randn(40, 1024), torch.randn(outs, 1024)
+    a, b = torch.randn(4, 1024), torch.zeros(outs, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_linear(x, w, None, a, b, 1.0)
+    truth = x.bfloat16().double() @ w.bfloat16().double().t()
+    eager = torch.nn.functional.linear(x.bfloat16(), w.bfloat16())
+    assert_within(y, eager, truth)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda parts, spec: parts.__setitem__(0, parts[0][:4]), "packed is"),
+        (lambda parts, spec: parts.__setitem__(1, parts[1][:1]), "absmax is"),
+        (lambda parts, spec: spec.__setitem__(1, 200000), "packed is"),
+        (lambda parts, spec: spec.__setitem__(2, 64), "packed is"),
+        (lambda parts, spec: spec.__setitem__(3, 48), "block_size is 48"),
+        (lambda parts, spec: parts.pop(), "spec has 7 numbers for 4 tensors"),
+    ],
+)
+def test_library_ops_check_what_they_are_given(spoil: Any, message: str) -> None:
+    parts, spec = flatten([nf4.quantize(GOOD.to(DEVICE))])
+    spoil(parts, spec)
+    x, a = torch.randn(40, 128, device=DEVICE), torch.randn(4, 128, device=DEVICE)
+    b = torch.randn(64, 4, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.peftfast.nf4_linear(x, parts, spec, None, "auto")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.peftfast.nf4_linear_backward(x[:, :64], parts, spec, "auto")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.peftfast.lora_linear(
+            x, parts, spec, [], [a], [b], [0], [1.0], [0.0], None, [0], "auto"
+        )
+
+
+def test_the_library_dequantiser_checks_its_output() -> None:
+    w4 = nf4.quantize(GOOD.to(DEVICE))
+    five = (w4.packed, w4.absmax, w4.nested_absmax, w4.nested_code, w4.offset)
+    out = torch.empty(2048, 2048, device=DEVICE)
+    with pytest.raises(ValueError, match=r"packed is \[4096\]; \[2097152\] is needed"):
+        torch.ops.peftfast.nf4_dequantize(*five, 64, "nf4", torch.float32, "auto", out)
+
+
+def test_a_bitsandbytes_offset_in_another_dtype_is_taken() -> None:
+    """Its loading gives the offset torch's default dtype."""
+    pytest.importorskip("bitsandbytes")
+    packed, state = _state(offset=lambda v: v.bfloat16())
+    w4 = nf4.NF4Weight.from_bnb(packed, state)
+    assert w4.offset is not None and w4.offset.dtype == torch.float32
+    assert torch.equal(nf4.dequantize(w4).flatten(), bnb.dequantize_4bit(packed, state).flatten())
