@@ -45,8 +45,9 @@ def test_tables_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
     text = rendered(doctor.diagnose())
     for name in (*doctor.PACKAGES, *availability(), "cpu"):
         assert name in text
+    words = text.replace("│", " ").split()  # long reasons are wrapped
     for reason in filter(None, availability().values()):
-        assert reason in text
+        assert " ".join(reason.split()[:6]) in " ".join(words)
     assert "registered with peft: none" in text
 
 
