@@ -53,7 +53,7 @@ def fake_nvcc(folder: Path, body: str) -> str:
 def run_main(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
 ) -> tuple[int, str]:
-    """The command in this process, without the Triton kernels: other tests have them interpreted."""
+    """The command in this process, without Triton kernels: other tests have them interpreted."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(aot, "tasks_of", lambda modules, arches: [])
     status = aot.main(["--kernel", *NAMES, "--jobs", "1", *arguments])
