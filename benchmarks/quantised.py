@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.registry import BenchmarkError
+from peftfast.ops.nf4 import NF4Weight
 
 
 def bitsandbytes() -> Any:
@@ -90,3 +91,17 @@ def four_bit_bytes(model: nn.Module) -> int:
             parts += [state.state2.absmax, state.state2.code, state.offset]
         total += sum(part.numel() * part.element_size() for part in parts)
     return total
+
+
+def bnb_parameter(w4: NF4Weight) -> tuple[Tensor, Any]:
+    """The weight as bitsandbytes takes it, sharing its memory."""
+    from bitsandbytes import functional
+
+    second = functional.QuantState(
+        w4.nested_absmax, blocksize=256, code=w4.nested_code, dtype=torch.float32
+    )
+    code = functional.get_4bit_type(w4.quant_type, device=w4.device)
+    state = functional.QuantState(
+        w4.absmax, w4.shape, code, w4.block_size, w4.quant_type, w4.dtype, w4.offset, second
+    )
+    return w4.packed.view(-1, 1), state

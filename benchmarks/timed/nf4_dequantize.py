@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from benchmarks.cases import short
 from benchmarks.ceilings import Ceilings, Floor, cache_bytes, measure_ceilings
 from benchmarks.gates import GateFailed
+from benchmarks.quantised import bnb_parameter
 from benchmarks.registry import Outcome, Request, Row, timed
 from benchmarks.targets import Target
 from benchmarks.timing import back_to_back, interleaved
@@ -81,24 +81,14 @@ def variants(config: Config, device: torch.device) -> dict[str, Fill]:
 def _bitsandbytes(device: torch.device) -> dict[str, Fill]:
     from bitsandbytes import functional
 
-    def state(w4: NF4Weight) -> Any:
-        second = functional.QuantState(
-            w4.nested_absmax, blocksize=256, code=w4.nested_code, dtype=torch.float32
-        )
-        code = functional.get_4bit_type(w4.quant_type, device=device)
-        return functional.QuantState(
-            w4.absmax, w4.shape, code, w4.block_size, w4.quant_type, w4.dtype, w4.offset, second
-        )
-
     def fill(w4: NF4Weight, out: Tensor) -> object:
-        packed = w4.packed.view(-1, 1)
-        return functional.dequantize_4bit(packed, state(w4), out=out)
+        return functional.dequantize_4bit(*bnb_parameter(w4), out=out)
 
     if device.type == "cuda":
         return {BNB: fill}
 
     def allocate(w4: NF4Weight, out: Tensor) -> Tensor:
-        return functional.dequantize_4bit(w4.packed.view(-1, 1), state(w4))
+        return functional.dequantize_4bit(*bnb_parameter(w4))
 
     return {BNB: allocate, BNB_WARM: _Warm()}
 

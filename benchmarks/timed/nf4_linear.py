@@ -16,12 +16,12 @@ from benchmarks.baselines import LoraOperands, LoraShape, lora_operands
 from benchmarks.cases import short
 from benchmarks.ceilings import Ceilings, Floor, cache_bytes, measure_ceilings
 from benchmarks.gates import NAMES, Gate, gate
+from benchmarks.quantised import bnb_parameter
 from benchmarks.registry import Outcome, Request, Row, timed
 from benchmarks.targets import Target
 from benchmarks.timing import back_to_back, interleaved
 from peftfast.memory import peak_bytes
 from peftfast.ops import lora_linear, nf4
-from peftfast.ops.nf4 import NF4Weight
 from peftfast.ops.nf4_weight import Weight
 
 OURS, BNB, DENSE = "peftfast", "bitsandbytes", "dense"
@@ -81,20 +81,6 @@ def time(request: Request) -> Iterator[Outcome]:
             ceilings[config.dtype] = measure_ceilings(request.device, config.dtype)
         measure = _decode if config.mode == DECODE else _train
         yield measure(config, request, ceilings[config.dtype])
-
-
-def bnb_parameter(w4: NF4Weight) -> tuple[Tensor, Any]:
-    """The weight as bitsandbytes takes it, sharing its memory."""
-    from bitsandbytes import functional
-
-    second = functional.QuantState(
-        w4.nested_absmax, blocksize=256, code=w4.nested_code, dtype=torch.float32
-    )
-    code = functional.get_4bit_type(w4.quant_type, device=w4.device)
-    state = functional.QuantState(
-        w4.absmax, w4.shape, code, w4.block_size, w4.quant_type, w4.dtype, w4.offset, second
-    )
-    return w4.packed.view(-1, 1), state
 
 
 def _decode(config: Config, request: Request, ceilings: Ceilings) -> Outcome:
