@@ -636,15 +636,18 @@ def test_fake_tensors_leave_nothing_behind() -> None:
 
 
 @pytest.mark.skipif(CUDA, reason="a CPU's GEMM")
-@pytest.mark.parametrize("outs", [1000, 2200])
-def test_autocast_rounds_small_and_large_dense_weights_alike(outs: int) -> None:
-    x, w = torch.randn(40, 1024), torch.randn(outs, 1024)
-    a, b = torch.randn(4, 1024), torch.zeros(outs, 4)
+def test_autocast_rounds_small_and_large_dense_weights_alike() -> None:
+    """A weight that is used whole, and one that is cut into blocks, with the same first rows."""
+    x, w = torch.randn(40, 1024), torch.randn(2200, 1024)
+    a, b = torch.randn(4, 1024), torch.zeros(2200, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = lora_linear(x, w, None, a, b, 1.0)
-    truth = x.bfloat16().double() @ w.bfloat16().double().t()
+        large = lora_linear(x, w, None, a, b, 1.0)
+        small = lora_linear(x, w[:1000], None, a, b[:1000], 1.0)
+    # A few sums end beside each other where the products are added in another order; a third
+    # of them does where only one of the weights is rounded.
+    assert (large[:, :1000] == small).double().mean() > 0.98
     eager = torch.nn.functional.linear(x.bfloat16(), w.bfloat16())
-    assert_within(y, eager, truth)
+    assert_within(large, eager, x.bfloat16().double() @ w.bfloat16().double().t())
 
 
 @pytest.mark.parametrize(
