@@ -12,11 +12,13 @@ rounds are the fewest that pass BigCrush there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+Drop = Callable[[Tensor, Tensor, float], Tensor]  # x [M, K], seed, p: x where it is kept, else 0
 ROUNDS = 7
 _LEVELS = 1 << 16
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -103,3 +105,12 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
 def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x [M, K] with the dropped elements set to zero, not scaled; a new tensor."""
     return torch.where(keep_mask(seed, x.shape[0], x.shape[1], p), x, 0.0)
+
+
+def dropout(x: Tensor, seed: Tensor, p: float, *, drop: Drop = drop) -> Tensor:
+    """mask / keep * x over x as a matrix of its last dimension's rows, differentiable by autograd
+    where `drop` is; a new tensor of x's shape.
+    """
+    columns = x.shape[-1] if x.ndim else 1
+    flat = x.reshape(math.prod(x.shape[:-1]), columns)
+    return drop(flat, seed, p).mul_(keep_scale(p)).view(x.shape)

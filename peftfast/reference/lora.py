@@ -20,16 +20,14 @@ x and dy are rounded to C for its product, and read as they are for the adapters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfast.reference.dropout import drop, keep_mask, keep_scale
+from peftfast.reference.dropout import Drop, drop, keep_mask, keep_scale
 from peftfast.reference.linear import base_gradient, base_linears
-
-Drop = Callable[[Tensor, Tensor, float], Tensor]  # x [M, K], seed, p: x where it is kept, else 0
 
 
 def lora_linear(

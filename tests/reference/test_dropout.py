@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftfast.reference.dropout import keep_mask, keep_scale, key_schedule, philox, threshold
+from peftfast.reference.dropout import (
+    dropout,
+    keep_mask,
+    keep_scale,
+    key_schedule,
+    philox,
+    threshold,
+)
 
 
 def _words(seed: int, counter: int) -> list[int]:
@@ -70,3 +77,24 @@ def test_scale_keeps_the_mean_exactly() -> None:
     for p in (0.05, 0.1, 1 / 3):
         assert keep_scale(p) * (1 - threshold(p) / 65536) == pytest.approx(1.0, abs=1e-15)
     assert keep_scale(1.0) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 9), (0, 4), (4, 0)])
+def test_dropout_of_any_rank(shape: tuple[int, ...]) -> None:
+    x, seed, p = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.tensor(4), 0.25
+    y = dropout(x, seed, p)
+    assert y.shape == x.shape
+    columns = x.shape[-1] if x.ndim else 1
+    rows = x.numel() // columns if columns else 4
+    mask = keep_mask(seed, rows, columns, p).view(shape)
+    assert torch.equal(y, torch.where(mask, x * keep_scale(p), 0))
+    if x.numel():
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(dx, mask.double() * keep_scale(p))
+
+
+def test_dropout_of_a_transposed_tensor_follows_its_indices() -> None:
+    x = torch.randn(6, 10)
+    assert torch.equal(
+        dropout(x.t(), torch.tensor(4), 0.5), dropout(x.t().clone(), torch.tensor(4), 0.5)
+    )
