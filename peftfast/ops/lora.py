@@ -1,9 +1,9 @@
 """The LoRA linear: y = x W^T + b + sum_i scaling_i (drop_i(x) A_i^T) B_i^T, alone or with siblings.
 
 Contract, checks, dispatch and autograd; the maths is in `peftfast.reference.lora`, the kernels in
-`peftfast_kernels.lora`. Saved for the backward: x, the parameters, the bottleneck t = s drop(x)
-A^T and the dropout seeds; never a mask, a dropped or widened copy of x, a cast copy of W, or a
-clone of y.
+`peftfast_kernels.lora`. Saved for the backward: x, or what its recipe rebuilds it from
+(`peftfast.ops.recipes`), the parameters, the bottleneck t = s drop(x) A^T and the dropout seeds;
+never a mask, a dropped or widened copy of x, a cast copy of W, or a clone of y.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftfast.ops import nf4
+from peftfast.ops import nf4, recipes, rows_int8
 from peftfast.ops.dispatch import (
     Impl,
     choose,
@@ -67,6 +67,7 @@ def lora_linear(
     *,
     dropout_p: Factors = 0.0,
     seed: Tensor | None = None,
+    compress: bool = False,
     impl: str | Impl = "auto",
 ) -> Tensor:
     """A linear with one or more active LoRA adapters, as one differentiable operation.
@@ -88,6 +89,9 @@ def lora_linear(
         seed: int64 [number of adapters] on x's device, from which the masks follow; None draws it
         from torch's
             generator of that device.
+        compress: keep x, where it is kept for A's gradient alone and can't be rebuilt, in 8 bits a
+            value with one scale a row: A's gradient is then that of an x which is off by at most
+            1/254 of its row's largest magnitude; every other result is exact.
         impl: "auto", "triton", "native" or "reference"; an explicit request never falls back.
 
     x, weight and bias have one floating dtype, each adapter that one or float32. Under autocast
@@ -105,7 +109,7 @@ def lora_linear(
         ImplUnavailable: `impl` was named and can't serve the call.
     """
     operands = _flatten(x, [weight], [bias], [lora_a], [lora_b], [scaling], [dropout_p], seed)
-    return _run(operands, impl)[0]
+    return _run(operands, x, impl, compress)[0]
 
 
 def lora_linear_group(
@@ -118,6 +122,7 @@ def lora_linear_group(
     *,
     dropout_p: Factors | Sequence[Factors] = 0.0,
     seed: Tensor | None = None,
+    compress: bool = False,
     impl: str | Impl = "auto",
 ) -> tuple[Tensor, ...]:
     """`lora_linear` for siblings that read one x (q, k, v; gate, up), sharing the reads of x and
@@ -130,14 +135,14 @@ def lora_linear_group(
             lora_a is an empty list where that linear has no active adapter.
         dropout_p: one number for all, or one entry a linear, each as in `lora_linear`.
         seed: int64 [number of adapters over all linears], in the order of the linears.
-        impl: as in `lora_linear`.
+        compress, impl: as in `lora_linear`.
 
     Returns:
         One output a linear, [..., out_j]. Raises as `lora_linear` does.
     """
     dropouts: Any = [dropout_p] * len(weights) if isinstance(dropout_p, Real) else dropout_p
     operands = _flatten(x, weights, biases, lora_a, lora_b, scaling, dropouts, seed)
-    return _run(operands, impl)
+    return _run(operands, x, impl, compress)
 
 
 def lora_linear_reasons(
@@ -266,7 +271,10 @@ def _check_adapter(x: Tensor, w: Weight, a: Tensor, b: Tensor, at: str) -> None:
 # call `_forward` and `_backward`.
 
 
-def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
+def _run(
+    operands: _Operands, given: Tensor, impl: str | Impl, compress: bool
+) -> tuple[Tensor, ...]:
+    """The outputs; `given` is x as the caller gave it, before autocast's cast."""
     x = operands.x
     asked = parse_impl(impl)
     if not operands.lora_a:
@@ -282,16 +290,33 @@ def _run(operands: _Operands, impl: str | Impl) -> tuple[Tensor, ...]:
         ys, _ = _matrices(operands, asked)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
     parts, spec = flatten(operands.weights)
+    recipe, leaves = _kept(operands, given, parts, compress)
     if traced:
         has_bias = [int(b is not None) for b in operands.biases]
         present = [b for b in operands.biases if b is not None]
         fields = (present, *operands[3:])
+        kept = leaves, "" if recipe == 0 else recipes.encode(recipe)
         return tuple(
-            torch.ops.peftfast.lora_linear(x, parts, spec, *fields, has_bias, asked.value)[0]
+            torch.ops.peftfast.lora_linear(x, parts, spec, *fields, has_bias, *kept, asked.value)[0]
         )
     settings = (spec, operands.owners, operands.scaling, operands.dropout_p, asked.value)
     tensors = (*parts, *operands.biases, *operands.lora_a, *operands.lora_b)
-    return _LoRALinear.apply(settings, x, operands.seed, *tensors)
+    return _LoRALinear.apply(settings, x, operands.seed, recipe, leaves, *tensors)
+
+
+def _kept(
+    operands: _Operands, given: Tensor, parts: Sequence[Tensor], compress: bool
+) -> tuple[recipes.Spec, list[Tensor]]:
+    """What to save in place of x, as spec and leaves; 0 and none where x itself is to be saved."""
+    trains_weights = any(part.requires_grad for part in parts)
+    if not trains_weights and not any(a.requires_grad for a in operands.lora_a):
+        return 0, []  # nothing will read x
+    kept = recipes.keep(given, operands.x.dtype)
+    if kept.spec != 0:
+        return kept
+    if compress and not trains_weights and not recipes.is_saved(operands.x):
+        return rows_int8.compressed(operands.x)
+    return 0, []
 
 
 def _implementation(asked: Impl, operands: _Operands, dys: Sequence[Tensor | None] = ()) -> Impl:
@@ -418,12 +443,20 @@ def _split_needs(needs: Sequence[bool], linears: int, adapters: int) -> list[Seq
     return parts
 
 
-def _saved_x(x: Tensor, needs: Sequence[bool], linears: int, adapters: int) -> Tensor:
-    """x where a weight's gradient will read it, else a stand-in of its shape and dtype without
+def _reads_x(needs: Sequence[bool], linears: int, adapters: int) -> bool:
+    """Whether a gradient that is asked for is computed from x: a weight's or an A's."""
+    _, need_weights, _, need_a, _ = _split_needs(needs, linears, adapters)
+    return any(need_weights) or any(need_a)
+
+
+def _saved_x(
+    x: Tensor, needs: Sequence[bool], linears: int, adapters: int, rebuilt: bool
+) -> Tensor:
+    """x where the backward will read it as it is, else a stand-in of its shape and dtype without
     storage of that size.
     """
-    _, need_weights, _, need_a, _ = _split_needs(needs, linears, adapters)
-    return x if any(need_weights) or any(need_a) else x.new_empty(()).expand(x.shape)
+    read = _reads_x(needs, linears, adapters) and not rebuilt
+    return x if read else x.new_empty(()).expand(x.shape)
 
 
 def _linears_with_grad(needs: Sequence[bool], owners: Sequence[int], linears: int) -> set[int]:
@@ -458,10 +491,21 @@ def _part_grads(spec: Sequence[int], grads: Sequence[Tensor | None]) -> list[Ten
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Eager autograd; the tensors among the operands follow the settings, flat."""
+    """Eager autograd; the tensors among the operands follow the settings, flat.
+
+    `recipe` and `leaves` are what `_kept` gives.
+    """
 
     @staticmethod
-    def forward(ctx: Any, settings: Any, x: Tensor, seed: Tensor | None, *tensors: Any) -> Any:
+    def forward(
+        ctx: Any,
+        settings: Any,
+        x: Tensor,
+        seed: Tensor | None,
+        recipe: recipes.Spec,
+        leaves: list[Tensor],
+        *tensors: Any,
+    ) -> Any:
         spec, owners, scaling, dropout_p, impl = settings
         adapters, linears, held = len(owners), len(out_features(spec)), part_count(spec)
         parts, biases = tensors[:held], tensors[held : held + linears]
@@ -470,11 +514,12 @@ class _LoRALinear(torch.autograd.Function):
         operands = _Operands(x, weights, biases, lora_a, lora_b, owners, scaling, dropout_p, seed)
         ys, t = _forward(operands, impl)
         ctx.settings = settings
-        need_x, _, *others = ctx.needs_input_grad[1:]
+        need_x, _, _, _, *others = ctx.needs_input_grad[1:]
         ctx.needs = [need_x, *_weight_needs(spec, others[:held]), *others[held:]]
         ctx.set_materialize_grads(False)
-        kept = _saved_x(x, ctx.needs, linears, adapters)
-        ctx.save_for_backward(kept, seed, t, *parts, *lora_a, *lora_b)
+        kept = _saved_x(x, ctx.needs, linears, adapters, recipe != 0)
+        ctx.recipe, ctx.tensors = recipe, 3 + len(parts) + 2 * adapters
+        ctx.save_for_backward(kept, seed, t, *parts, *lora_a, *lora_b, *leaves)
         used = _linears_with_grad(ctx.needs, owners, linears)
         ctx.mark_non_differentiable(*(y for j, y in enumerate(ys) if j not in used))
         return tuple(ys)
@@ -483,19 +528,22 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         spec, owners, scaling, dropout_p, impl = ctx.settings
         adapters, linears, held = len(owners), len(out_features(spec)), part_count(spec)
-        x, seed, t, *tensors = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        (x, seed, t, *tensors), leaves = saved[: ctx.tensors], saved[ctx.tensors :]
         parts, lora_a, lora_b = tensors[:held], tensors[held:-adapters], tensors[-adapters:]
+        needs = _reached(ctx.needs, dys, owners)
+        if leaves and _reads_x(needs, linears, adapters):
+            x = recipes.rebuild(ctx.recipe, leaves)
         operands = _Operands(
             x, unflatten(parts, spec), [None] * linears, lora_a, lora_b, owners, scaling,
             dropout_p, seed,
         )  # fmt: skip
-        needs = _reached(ctx.needs, dys, owners)
         with torch.no_grad():
             computed = _backward(dys, t, operands, needs, impl)
         grads = iter(first_order_only("lora_linear", computed))
         x_grad, *others = (next(grads) if need else None for need in needs)
         weight_grads = _part_grads(spec, others[:linears])
-        return (None, x_grad, None, *weight_grads, *others[linears:])
+        return (None, x_grad, None, None, None, *weight_grads, *others[linears:])
 
 
 # The library op. torch's autograd for lists of tensors passes over a list that holds a None, so
@@ -514,10 +562,10 @@ def _check_quantised(x: Tensor, weights: Sequence[Weight]) -> None:
     mutates_args=(),
     schema="(Tensor x, Tensor[] parts, int[] spec, Tensor[] biases, Tensor[] lora_a,"
     " Tensor[] lora_b, int[] owners, float[] scaling, float[] dropout_p, Tensor? seed,"
-    " int[] has_bias, str impl) -> (Tensor[], Tensor)",
+    " int[] has_bias, Tensor[] leaves, str recipe, str impl) -> (Tensor[], Tensor)",
 )
 def _library_forward(x: Tensor, parts: Any, spec: Any, biases: Any, *args: Any) -> Any:
-    *fields, has_bias, impl = args
+    *fields, has_bias, _, _, impl = args
     present = iter(biases)
     every = [next(present) if has else None for has in has_bias]
     weights = unflatten(parts, spec, check=True)
@@ -538,13 +586,15 @@ def _fake_forward(x: Tensor, parts: Any, spec: Any, biases: Any, lora_a: Any, *_
     mutates_args=(),
     schema="(Tensor?[] dys, Tensor t, Tensor x, Tensor[] parts, int[] spec, Tensor[] lora_a,"
     " Tensor[] lora_b, int[] owners, float[] scaling, float[] dropout_p, Tensor? seed,"
-    " bool[] needs, str impl) -> Tensor[]",
+    " bool[] needs, Tensor[] leaves, str recipe, str impl) -> Tensor[]",
 )
 def _library_backward(
     dys: Any, t: Tensor, x: Tensor, parts: Any, spec: Any, *args: Any
 ) -> list[Tensor]:
-    *fields, needs, impl = args
+    *fields, needs, leaves, recipe, impl = args
     weights = unflatten(parts, spec, check=True)
+    if recipe and _reads_x(needs, len(weights), len(fields[0])):
+        x = recipes.rebuild(recipes.decode(recipe), leaves)
     operands = _Operands(x, weights, [None] * len(weights), *fields)
     _check_quantised(x, weights)
     return _backward(dys, t, operands, needs, impl)
@@ -554,7 +604,7 @@ def _library_backward(
 def _fake_backward(
     dys: Any, t: Tensor, x: Tensor, parts: Any, spec: Any, *args: Any
 ) -> list[Tensor]:
-    lora_a, lora_b, *_, needs, _ = args
+    lora_a, lora_b, *_, needs, _, _, _ = args
     features = out_features(spec)
     wide = [x.new_empty(x.shape)]
     wide += [x.new_empty(n, x.shape[-1]) for n in features] + [x.new_empty(n) for n in features]
@@ -563,7 +613,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, parts, spec, biases, lora_a, lora_b, *settings, seed, has_bias, impl = inputs
+    x, parts, spec, biases, lora_a, lora_b, *settings, seed, has_bias, leaves, recipe, impl = inputs
     present = iter(biases)
     needs = [x.requires_grad, *_weight_needs(spec, [p.requires_grad for p in parts])]
     needs += [bool(has) and next(present).requires_grad for has in has_bias]
@@ -571,26 +621,42 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.spec, ctx.settings, ctx.has_bias = spec, settings, has_bias
     ctx.needs, ctx.impl = needs, impl
     ctx.set_materialize_grads(False)
-    kept = _saved_x(x, needs, len(has_bias), len(lora_a))
-    ctx.save_for_backward(kept, seed, output[1], *parts, *lora_a, *lora_b)
+    kept = _saved_x(x, needs, len(has_bias), len(lora_a), bool(recipe))
+    ctx.recipe, ctx.tensors = recipe, 3 + len(parts) + 2 * len(lora_a)
+    ctx.save_for_backward(kept, seed, output[1], *parts, *lora_a, *lora_b, *leaves)
 
 
 def _library_autograd(ctx: Any, dys: Any, _: Any) -> Any:
     linears, adapters, held = len(ctx.has_bias), len(ctx.settings[0]), part_count(ctx.spec)
-    x, seed, t, *tensors = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    (x, seed, t, *tensors), leaves = saved[: ctx.tensors], saved[ctx.tensors :]
     parts, lora_a, lora_b = tensors[:held], tensors[held:-adapters], tensors[-adapters:]
     needs = _reached(ctx.needs, dys, ctx.settings[0])
     grads = iter(
         torch.ops.peftfast.lora_linear_backward(
-            dys, t, x, parts, ctx.spec, lora_a, lora_b, *ctx.settings, seed, needs, ctx.impl
-        )
+            dys,
+            t,
+            x,
+            parts,
+            ctx.spec,
+            lora_a,
+            lora_b,
+            *ctx.settings,
+            seed,
+            needs,
+            leaves,
+            ctx.recipe,
+            ctx.impl,
+        )  # fmt: skip
     )
     split = _split_needs(needs, linears, adapters)
     (x_grad,), of_weights, of_biases, *of_adapters = (
         [next(grads) if need else None for need in part] for part in split
     )
     biases = [grad for grad, has in zip(of_biases, ctx.has_bias, strict=True) if has]
-    return (x_grad, _part_grads(ctx.spec, of_weights), None, biases, *of_adapters, *[None] * 6)
+    no_leaves = [None] * len(leaves)
+    of_parts = _part_grads(ctx.spec, of_weights)
+    return (x_grad, of_parts, None, biases, *of_adapters, *[None] * 5, no_leaves, None, None)
 
 
 _library_forward.register_autograd(_library_autograd, setup_context=_setup_context)

@@ -310,7 +310,7 @@ def test_opcheck(bias: bool, dropout_p: float) -> None:
     x, w, b, a, up = leaves
     seed = torch.tensor([5, 6], device=DEVICE) if dropout_p else None
     biases, has = ([b], [1, 0]) if bias else ([], [0, 0])
-    settings = ([0, 1], [0.5, 2.0], [dropout_p, 0.0], seed, has, "reference")
+    settings = ([0, 1], [0.5, 2.0], [dropout_p, 0.0], seed, has, [], "", "reference")
     _, spec = flatten([w, w.detach()])
     args = (x, [w, w.detach()], spec, biases, [a, a.detach()], [up, up.detach()], *settings)
     opcheck(torch.ops.peftfast.lora_linear.default, args)
@@ -321,7 +321,7 @@ def test_opcheck(bias: bool, dropout_p: float) -> None:
     backward = (dys, t, plain[0], [plain[1]] * 2, spec, [plain[2]] * 2, [plain[3]] * 2)
     opcheck(
         torch.ops.peftfast.lora_linear_backward.default,
-        (*backward, *settings[:4], needs, "reference"),
+        (*backward, *settings[:4], needs, [], "", "reference"),
     )
 
 
