@@ -50,7 +50,8 @@ def pretend(arch: int, sm_count: int) -> Iterator[None]:
 
 def current(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's device the current one: Triton launches there, on its current stream."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+    on_device = tensor.is_cuda and not _pretended
+    return torch.cuda.device_of(tensor) if on_device else contextlib.nullcontext()
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

@@ -85,20 +85,20 @@ class Launch:
         )
 
 
-_recorded: list[list[Launch]] = []
+_recorded: list[list[Launch] | None] = []  # None: a dry run, which keeps nothing
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, mma: str, **meta: Any) -> None:
-    """Launch a kernel, or keep the launch where `recording` is open.
+    """Launch a kernel, or keep the launch where `recording` is open; in a dry run do nothing.
 
     Args:
         mma: which tensor-core instructions the machine code must hold, as in `Variant`.
         meta: the kernel's constexprs, num_warps and num_stages.
     """
-    if _recorded:
-        _recorded[-1].append(Launch(kernel, grid, args, meta, mma))
-    else:
+    if not _recorded:
         kernel[grid](*args, **meta)
+    elif (launches := _recorded[-1]) is not None:
+        launches.append(Launch(kernel, grid, args, meta, mma))
 
 
 @contextlib.contextmanager
@@ -109,6 +109,17 @@ def recording(arch: int, sm_count: int = 132) -> Iterator[list[Launch]]:
     try:
         with device.pretend(arch, sm_count):
             yield launches
+    finally:
+        _recorded.pop()
+
+
+@contextlib.contextmanager
+def dry_run(arch: int, sm_count: int) -> Iterator[None]:
+    """As `recording`, but launches are dropped: what the launchers allocate is all that happens."""
+    _recorded.append(None)
+    try:
+        with device.pretend(arch, sm_count):
+            yield
     finally:
         _recorded.pop()
 

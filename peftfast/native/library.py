@@ -10,8 +10,10 @@ the CPU kernels; without it the best that the machine has is used.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from ctypes import CDLL, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,9 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
     },
 }
 
+_QUESTIONS = ("pf_cpu_isa", "pf_cpu_best_isa", "pf_cpu_threading")
+_dry: list[bool] = []
+
 
 def missing(kind: str) -> str | None:
     """Why the library of "cpu" or "cuda" can't be used, in words; None where it can.
@@ -71,7 +76,7 @@ def missing(kind: str) -> str | None:
     Raises:
         ValueError: PEFTFAST_CPU_ISA names no instruction set that this machine has.
     """
-    return _load(kind)[1]
+    return None if _dry and kind == "cuda" else _load(kind)[1]
 
 
 def cpu() -> Any:
@@ -118,6 +123,35 @@ def check_cuda(status: int) -> None:
         raise RuntimeError(f"libpeftfast_cuda: {cuda().pf_cuda_error(status).decode()}")
 
 
+@contextlib.contextmanager
+def dry_run() -> Iterator[None]:
+    """Kernels compute nothing, and CUDA's count as built: what their callers allocate is all that
+    happens.
+    """
+    _dry.append(True)
+    try:
+        yield
+    finally:
+        _dry.pop()
+
+
+def is_dry() -> bool:
+    """Whether `dry_run` is open."""
+    return bool(_dry)
+
+
+class _DryLibrary:
+    """Answers questions as the library does, and succeeds at everything else without doing it."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _QUESTIONS:
+            return getattr(self._library, name)
+        return lambda *_: 0
+
+
 def path(kind: str) -> Path:
     """Where a library lies, if it was built."""
     return FOLDER / f"libpeftfast_{kind}.so"
@@ -127,7 +161,7 @@ def _loaded(kind: str) -> Any:
     library, reason = _load(kind)
     if library is None:
         raise RuntimeError(reason)
-    return library
+    return _DryLibrary(library) if _dry else library
 
 
 @functools.cache

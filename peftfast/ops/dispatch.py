@@ -74,9 +74,15 @@ def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons.append(
             f"the tensors are on {device.type}: Triton needs a CUDA device or TRITON_INTERPRET=1"
         )
-    elif (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        reasons.append(f"compute capability {capability[0]}.{capability[1]} is below 8.0")
+    elif (arch := _arch(device)) < 80:
+        reasons.append(f"compute capability {arch // 10}.{arch % 10} is below 8.0")
     return reasons
+
+
+def _arch(device: torch.device) -> int:
+    from peftfast_kernels.device import arch
+
+    return arch(device)
 
 
 def native_reasons(device: torch.device) -> list[str]:

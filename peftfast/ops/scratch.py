@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,3 +41,19 @@ def scratch_bytes() -> int:
     """Bytes of this thread's buffer."""
     buffer: Tensor | None = getattr(_threads, "buffer", None)
     return 0 if buffer is None else buffer.numel()
+
+
+@contextlib.contextmanager
+def own_scratch() -> Iterator[None]:
+    """Inside, this thread has no buffer yet and makes another; its former one is back after."""
+    former = getattr(_threads, "buffer", None)
+    _threads.buffer = None
+    try:
+        yield
+    finally:
+        _threads.buffer = former
+
+
+def scratch_buffer() -> Tensor | None:
+    """This thread's buffer, if there is one."""
+    return getattr(_threads, "buffer", None)

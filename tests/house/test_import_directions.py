@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOP = ("patching", "serving", "memory", "methods")
 LOWER: dict[str, tuple[str, ...]] = {
     **{name: ("nn", "ops", "reference") for name in TOP},
+    "memory": ("patching", "nn", "ops", "reference"),  # predictions are of patched models
     "nn": ("ops", "reference"),
     "ops": ("native", "reference"),
     "native": ("reference",),

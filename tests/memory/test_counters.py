@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peftfast.memory import peak_bytes, saved_bytes
-from peftfast.memory.measure import storages
+from peftfast.memory.storages import storages
 
 FLOAT = 4
 
