@@ -2,4 +2,9 @@
 
 from __future__ import annotations
 
-KERNEL_MODULES: tuple[str, ...] = ("peftfast_kernels.lora", "peftfast_kernels.nf4")
+KERNEL_MODULES: tuple[str, ...] = (
+    "peftfast_kernels.lora",
+    "peftfast_kernels.nf4",
+    "peftfast_kernels.norm",
+    "peftfast_kernels.activation",
+)

@@ -249,6 +249,38 @@ def few_rows(arch: int, itemsize: int, in_features: int) -> int:
     return 8 if itemsize == 4 else _FEW_ROWS[table_arch(arch)]
 
 
+def norm_limit(light: bool) -> int:
+    """The longest row that one program holds; twice as long for an RMSNorm alone, without the
+    gradients of parameters.
+    """
+    return 16384 if light else 8192
+
+
+def norm_tile(columns: int) -> Tile:
+    """Tile of a norm: whole rows, block_m of them, 16 elements a thread."""
+    block_n = max(16, 1 << (columns - 1).bit_length())
+    block_m = max(1, 2048 // block_n)
+    return Tile(block_m, block_n, 0, min(32, block_m * block_n // 512), 1)
+
+
+def norm_spans(rows: int, block_m: int, parameters: bool, sms: int) -> tuple[int, int]:
+    """Rows a program takes, and the number of programs, of a norm's backward.
+
+    Gradients of parameters are summed in a program and once more over programs, two a processor.
+    """
+    programs = -(-rows // block_m)
+    if parameters:
+        programs = min(programs, 2 * sms)
+    span = -(-rows // (programs * block_m)) * block_m
+    return span, -(-rows // span)
+
+
+def elementwise_tile(columns: int) -> Tile:
+    """Tile of an elementwise op: 16 elements a thread, block_n of a row or less."""
+    block_n = min(2048, max(16, 1 << (columns - 1).bit_length()))
+    return Tile(2048 // block_n, block_n, 0, 4, 1)
+
+
 def join_dy_passes(rank: int, block_n: int, itemsize: int) -> bool:
     """Whether one pass over dy gives both g and dB.
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from peftfast.ops import nf4
+from peftfast.ops.activation import activation, gated_activation
 from peftfast.ops.dispatch import Impl, ImplUnavailable
+from peftfast.ops.dropout import dropout
 from peftfast.ops.lora import lora_linear, lora_linear_group, lora_linear_reasons
+from peftfast.ops.norm import layer_norm, rms_norm
 
 __all__ = [
     "Impl",
     "ImplUnavailable",
+    "activation",
+    "dropout",
+    "gated_activation",
+    "layer_norm",
     "lora_linear",
     "lora_linear_group",
     "lora_linear_reasons",
     "nf4",
+    "rms_norm",
 ]

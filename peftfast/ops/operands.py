@@ -17,18 +17,23 @@ Factors = float | Sequence[float]
 
 def check_input(x: Tensor) -> Tensor:
     """Hold x to what a linear needs; returns it as autocast casts it."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is {type(x).__name__}; a tensor is needed")
+    check_dense(x, "x")
     if x.ndim == 0:
         raise ValueError("x is a scalar; it needs at least one dimension, [..., in]")
-    if x.layout is not torch.strided or x.is_nested:
-        kind = "nested" if x.is_nested else f"of layout {x.layout}"
-        raise TypeError(f"x is {kind}; a dense tensor is needed")
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}; a floating dtype is needed")
     if (dtype := autocast_dtype(x)) is not None:
         x = x.to(dtype)
     return x
+
+
+def check_dense(value: Tensor, name: str) -> None:
+    """Hold an operand to a dense tensor of floating numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; a tensor is needed")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else f"of layout {value.layout}"
+        raise TypeError(f"{name} is {kind}; a dense tensor is needed")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} is {value.dtype}; a floating dtype is needed")
 
 
 def check_operand(x: Tensor, value: Tensor, name: str, ndim: int, any_dtype: bool) -> None:
@@ -77,6 +82,11 @@ def factors(value: Factors, count: int, name: str) -> list[float]:
         if not torch.compiler.is_compiling() and not math.isfinite(one):
             raise ValueError(f"{name} is {one}; a finite number is needed")
     return [float(one) for one in values]
+
+
+def constant(value: float) -> float:
+    """The number itself, also where torch.compile has made a symbol of it."""
+    return float.fromhex(float(value).hex())
 
 
 def probabilities(value: Factors, count: int, name: str) -> list[float]:

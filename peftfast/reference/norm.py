@@ -110,7 +110,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
 
 def layer_norm_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     eps: float,
     need_x: bool,
@@ -118,11 +118,11 @@ def layer_norm_backward(
     need_bias: bool,
     bias_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The gradients asked for, in the order x, weight, bias."""
-    wide = _fitting(x, weight)
-    shape = x.shape[-1:]
+    """The gradients asked for, in the order x, weight, bias; the last needs dy alone."""
     grads = []
     if need_x or need_weight:
+        assert x is not None
+        wide, shape = _fitting(x, weight), x.shape[-1:]
         _, mean, rstd = torch.native_layer_norm(wide, shape, weight, None, eps)
         mask = [need_x, need_weight, False]
         dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
