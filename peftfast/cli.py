@@ -12,6 +12,7 @@ from peftfast._version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("peftfast.demo", "fine-tune a model twice, plain and patched, and compare the two"),
     "doctor": ("peftfast.doctor", "what is installed, and what can run on this machine"),
+    "memory": ("peftfast.memory.command", "what a model's training takes in memory, and what fits"),
     "bench": ("peftfast.bench", "the benchmarks; from a checkout of the repository only"),
 }
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfast.patching import patch, unpatch
+
 METHODS = ("full", "lora", "qlora")
 DEFAULT_RANK = 16
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -162,6 +164,14 @@ def layer_plan(config: Any) -> tuple[int, int, int] | None:
     return first, first + period, (layers - first) // period
 
 
+def most_tokens(config: Any) -> int | None:
+    """The longest sequence of a model with a learned vector for each position; None: no such."""
+    text = config.get_text_config()
+    if getattr(text, "rope_parameters", None) or not hasattr(text, "max_position_embeddings"):
+        return None
+    return text.max_position_embeddings
+
+
 def with_layers(config: Any, layers: int) -> Any:
     """The same configuration with fewer layers."""
     config = copy.deepcopy(config)
@@ -194,13 +204,16 @@ def prepare(model: Any, recipe: Recipe) -> nn.Module:
     with torch.device("meta"), _random_state():
         model = _with_method(model, recipe)
     model.train()
-    if recipe.checkpointing:
+    if recipe.checkpointing or getattr(model, "is_gradient_checkpointing", False):
+        # Not compared with what was kept: that is done where meta tensors don't pass for others.
         arguments = {"use_reentrant": False, "determinism_check": "none"}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
         if recipe.method != "full":
             model.enable_input_require_grads()
     if recipe.patched:
         _patch(model, recipe.memory)
+    else:
+        unpatch(model)
     return model
 
 
@@ -307,10 +320,7 @@ def _four_bit_weight(weight: Tensor, module: Any, dtype: torch.dtype) -> Any:
 
 
 def _patch(model: nn.Module, memory: str) -> None:
-    """Patch a model without values: weights of ones' size stand in for them while it is probed."""
     import warnings
-
-    from peftfast.patching import patch
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="nothing was fused")

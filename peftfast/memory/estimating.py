@@ -73,38 +73,82 @@ def estimate(
         TypeError, ValueError: an argument is wrong. ConfigError (a ValueError): no model can be
             built from the configuration. NeedsValues: the model's code asks for values.
     """
-    profile = _profile(device_profile)
-    _check(method, batch, seq, optimizer, memory, mode, adapter_slots)
-    options = _Step(profile, batch, seq, optimizer, mode, accumulate)
-    if isinstance(model_or_config, nn.Module):
-        chosen = build.dtype_of(model_or_config)
-        recipe = Recipe(method, chosen, four_bit, patched, memory, checkpointing)
-        model = build.prepare(build.twin(model_or_config), recipe)
-        trace = options.run(model)
-        name = type(model_or_config).__name__
-    else:
-        config = build.load_config(model_or_config)
-        chosen = _dtype(dtype, config)
-        recipe = Recipe(method, chosen, four_bit, patched, memory, checkpointing)
-        trace = Models(config, recipe).trace(options)
-        name = type(config).__name__.removesuffix("Config")
-    settings = {
-        "model": name,
-        "method": method if isinstance(method, str) or method is None else type(method).__name__,
-        "batch": batch,
-        "seq": seq,
-        "dtype": str(chosen).removeprefix("torch."),
+    options: dict[str, Any] = {
+        "method": method,
         "optimizer": optimizer,
         "checkpointing": checkpointing,
-        "memory": memory if patched else None,
+        "memory": memory,
+        "device_profile": device_profile,
         "patched": patched,
-        "device_profile": profile.name,
+        "four_bit": four_bit,
         "mode": mode,
+        "adapter_slots": adapter_slots,
+        "accumulate": accumulate,
     }
-    trace = _with_slots(trace, adapter_slots)
-    what = f"{name}, {settings['method'] or 'as it is'}, {batch} x {seq} tokens, {profile.name}"
-    largest = max((m.size for m in trace.moments), default=0)
-    return report_of(trace, profile, what, settings, largest)
+    _check(method, batch, seq, optimizer, memory, mode, adapter_slots)
+    if isinstance(model_or_config, nn.Module):
+        name = type(model_or_config).__name__
+    else:
+        model_or_config = build.load_config(model_or_config)
+        name = type(model_or_config).__name__.removesuffix("Config")
+    return Predictor(model_or_config, name, dtype=dtype, **options).report(batch, seq)
+
+
+class Predictor:
+    """Predictions for one model and many sizes; the arguments are those of `estimate`."""
+
+    def __init__(
+        self,
+        source: Any,
+        name: str,
+        *,
+        method: Any = None,
+        dtype: torch.dtype | str | None = None,
+        optimizer: str = "adamw",
+        checkpointing: bool = False,
+        memory: str = "recompute",
+        device_profile: str | DeviceProfile = "a100-40gb",
+        patched: bool = True,
+        four_bit: bool = False,
+        mode: str = "train",
+        adapter_slots: int = 1,
+        accumulate: bool = False,
+    ) -> None:
+        self._profile = _profile(device_profile)
+        self._slots = adapter_slots
+        live = isinstance(source, nn.Module)
+        chosen = build.dtype_of(source) if live else _dtype(dtype, source)
+        recipe = Recipe(method, chosen, four_bit, patched, memory, checkpointing)
+        self._models: Models = _Twin(source, recipe) if live else Models(source, recipe)
+        self._step = (self._profile, optimizer, mode, accumulate)
+        self._settings = {
+            "model": name,
+            "method": (
+                method if isinstance(method, str) or method is None else type(method).__name__
+            ),
+            "dtype": str(chosen).removeprefix("torch."),
+            "optimizer": optimizer,
+            "checkpointing": checkpointing,
+            "memory": memory if patched else None,
+            "patched": patched,
+            "device_profile": self._profile.name,
+            "mode": mode,
+        }
+        self._reports: dict[tuple[int, int], MemoryReport] = {}
+
+    def report(self, batch: int, seq: int) -> MemoryReport:
+        """The prediction for a size; kept."""
+        if (batch, seq) not in self._reports:
+            profile, optimizer, mode, accumulate = self._step
+            step = _Step(profile, batch, seq, optimizer, mode, accumulate)
+            trace = _with_slots(self._models.trace(step), self._slots)
+            of = self._settings
+            what = f"{of['model']}, {of['method'] or 'as it is'}, {batch} x {seq} tokens"
+            settings = {**of, "batch": batch, "seq": seq}
+            largest = max((moment.size for moment in trace.moments), default=0)
+            report = report_of(trace, profile, f"{what}, {profile.name}", settings, largest)
+            self._reports[batch, seq] = report
+        return self._reports[batch, seq]
 
 
 class _Step:
@@ -159,6 +203,14 @@ class Models:
             config = self._config if layers is None else build.with_layers(self._config, layers)
             self._built[layers] = build.build(config, self._recipe)
         return self._built[layers]
+
+
+class _Twin(Models):
+    """A copy of a live model."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self._plan = None
+        self._built = {None: build.prepare(build.twin(model), recipe)}
 
 
 def _profile(profile: str | DeviceProfile) -> DeviceProfile:

@@ -40,13 +40,15 @@ def training_step(
     tracker = _tracker(model, profile)
     trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     state: list[Tensor] = []
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_of(model)
     with _running(model, tracker, profile):
         inputs = _inputs(model, batch, seq)
         _relabel(tracker, list(inputs.values()), "inputs and buffers")
         tracker.phase = "forward"
         output = model(**inputs)
-        loss = output.loss
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            raise TypeError(f"{type(model).__name__} gives no loss for input_ids and labels")
         del output
         kept = len(tracker.moments)
         tracker.phase = "backward"
@@ -62,7 +64,7 @@ def training_step(
             _relabel(tracker, [buffer], "scratch and workspaces", from_start=True)
     for block in tracker.blocks:
         if block.label in ("forward", "backward", "optimizer step"):
-            block.label = _label(block, kept, vocabulary)
+            block.label = label_of(block, kept, vocabulary)
     moments, blocks = tracker.moments, tracker.blocks
     trace = trace_of(moments, blocks, profile.block)
     model.zero_grad(set_to_none=True)
@@ -93,7 +95,7 @@ def generation(model: nn.Module, profile: DeviceProfile, batch: int, seq: int) -
         buffer = scratch_buffer()
         if buffer is not None:
             _relabel(tracker, [buffer], "scratch and workspaces", from_start=True)
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_of(model)
     for block in tracker.blocks:
         if block.label in ("prompt", "decoding"):
             wide = vocabulary in block.shape
@@ -107,6 +109,14 @@ def _tracker(model: nn.Module, profile: DeviceProfile) -> Tracker:
     tracker = Tracker(
         "meta", hidden=lambda *call: hidden_bytes(profile, threads, *call), answer=answer
     )
+    register_model(tracker, model)
+    if profile.workspace:
+        tracker.blocks.append(Block(profile.workspace, 0, "cuBLAS", "scratch and workspaces"))
+    return tracker
+
+
+def register_model(tracker: Tracker, model: nn.Module) -> None:
+    """Count what a model holds, by class."""
     is_peft = hasattr(model, "peft_config")
     for parameter in model.parameters():
         adapter = is_peft and parameter.requires_grad
@@ -119,9 +129,6 @@ def _tracker(model: nn.Module, profile: DeviceProfile) -> Tracker:
                     tracker.register(value, "quantisation statistics")
     for buffer in model.buffers():
         tracker.register(buffer, "inputs and buffers")
-    if profile.workspace:
-        tracker.blocks.append(Block(profile.workspace, 0, "cuBLAS", "scratch and workspaces"))
-    return tracker
 
 
 @contextlib.contextmanager
@@ -145,14 +152,17 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_of(model: nn.Module) -> int:
+    """The size by which logits are known; -1 where there is none."""
     config = getattr(_base(model), "config", None)
     return -1 if config is None else getattr(config.get_text_config(), "vocab_size", -1)
 
 
 def _inputs(model: Any, batch: int, seq: int) -> dict[str, Tensor]:
     ids = torch.ones(batch, seq, dtype=torch.int64, device="meta")
-    labels = torch.ones(batch, seq, dtype=torch.int64, device="meta")
+    one_label = type(_base(model)).__name__.endswith("ForSequenceClassification")
+    shape = (batch,) if one_label else (batch, seq)
+    labels = torch.ones(shape, dtype=torch.int64, device="meta")
     mask = torch.ones(batch, seq, dtype=torch.int64, device="meta")
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -174,7 +184,8 @@ def _relabel(
             block.born = 0 if from_start else block.born
 
 
-def _label(block: Block, kept: int, vocabulary: int) -> str:
+def label_of(block: Block, kept: int, vocabulary: int) -> str:
+    """The class of what a phase made, which is its label so far; the forward ends at `kept`."""
     if block.label != "optimizer step" and vocabulary in block.shape:
         return "logits and loss"
     if block.label == "forward" and (block.died is None or block.died > kept):

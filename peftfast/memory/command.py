@@ -1,0 +1,308 @@
+"""`peftfast memory`: what fits, before the first step."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from peftfast.memory import build
+from peftfast.memory.estimating import DTYPES, MODES, POLICIES, Predictor
+from peftfast.memory.plot import NEEDS, draw
+from peftfast.memory.pretend import NeedsValues
+from peftfast.memory.profiles import GIB, PROFILES
+from peftfast.memory.report import MemoryReport, size
+from peftfast.memory.search import largest
+from peftfast.memory.simulate import OPTIMIZERS
+from peftfast.memory.sizes import parse_size
+
+_STEP = 256  # tokens: how finely the longest sequence is looked for
+_MOST_TOKENS = 1 << 20
+_MOST_SEQUENCES = 1 << 12
+_T = TypeVar("_T")
+
+
+@dataclass
+class Line:
+    """Predictions for one model, method and batch."""
+
+    model: str
+    method: str
+    batch: int
+    reports: list[MemoryReport]
+    longest: int
+
+
+@dataclass
+class Found:
+    """All that the command predicts for one model."""
+
+    lines: list[Line] = field(default_factory=list)
+    batches: dict[str, int] = field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `peftfast memory`."""
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL_OR_CONFIG",
+        help="a config.json, the folder of one, or a model's name; no weights are needed",
+    )
+    parser.add_argument(
+        "--method",
+        type=_listed(_method),
+        default=["full", "lora", "qlora"],
+        metavar="NAME,...",
+        help="full, lora, qlora; with another rank than 16: qlora:8 (default: all three)",
+    )
+    parser.add_argument(
+        "--seq",
+        type=_listed(_count),
+        default=[1024, 4096, 16384],
+        metavar="TOKENS,...",
+        help="tokens a sequence (default: 1024,4096,16384)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_listed(_count),
+        default=[1],
+        metavar="COUNT,...",
+        help="sequences a pass (default: 1)",
+    )
+    parser.add_argument(
+        "--device", choices=PROFILES, default="a100-40gb", help="default: a100-40gb"
+    )
+    parser.add_argument(
+        "--budget",
+        type=_size,
+        metavar="SIZE",
+        help="such as 40GiB; default: the device's memory",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the configuration's")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: adamw")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute every layer")
+    parser.add_argument(
+        "--memory", choices=POLICIES, default="recompute", help="the policy of peftfast.patch"
+    )
+    parser.add_argument("--plain", action="store_true", help="without peftfast.patch")
+    parser.add_argument("--mode", choices=MODES, default="train", help="default: train")
+    parser.add_argument(
+        "--no-search", action="store_true", help="not the longest sequence and largest batch"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the predictions")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the predictions.
+
+    Returns:
+        0; 1 where no model can be built from a configuration, something to draw with is missing, or
+        nothing at all fits the budget.
+    """
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        return _failed(NEEDS)
+    budget = PROFILES[args.device].capacity if args.budget is None else args.budget
+    found: dict[str, Found] = {}
+    try:
+        with _progress(args.json) as say:
+            for source in args.models:
+                found[source] = _predict(source, args, budget, say)
+    except (build.ConfigError, NeedsValues) as error:
+        return _failed(str(error))
+    reports = [r for one in found.values() for line in one.lines for r in line.reports]
+    if args.plot is not None:
+        try:
+            draw(reports[:24], budget, args.plot)
+        except (OSError, ValueError) as error:
+            return _failed(f"{args.plot} can't be written: {error}")
+    if args.json:
+        json.dump(_as_json(found, budget, args), sys.stdout, indent=2)
+        print()
+    else:
+        _print(found, budget, args)
+    if budget is None or any(report.fits(budget) for report in reports):
+        return 0
+    if any(line.longest for one in found.values() for line in one.lines):
+        return 0
+    least = min(report.needed_bytes for report in reports)
+    return _failed(
+        f"nothing fits {size(budget)}: the least that any of these needs is {size(least)}"
+    )
+
+
+def _predict(
+    source: str, args: argparse.Namespace, budget: int | None, say: Callable[[str], None]
+) -> Found:
+    config = build.load_config(source)
+    name = Path(source).stem if source.endswith(".json") else Path(source).name
+    found = Found()
+    for method in args.method:
+        predictor = Predictor(
+            config,
+            name,
+            method=method,
+            dtype=args.dtype,
+            optimizer=args.optimizer,
+            checkpointing=args.checkpointing,
+            memory=args.memory,
+            device_profile=args.device,
+            patched=not args.plain,
+            mode=args.mode,
+        )
+
+        def needed(
+            batch: int, seq: int, predictor: Predictor = predictor, method: str = method
+        ) -> int:
+            say(f"{name}, {method}, {batch} x {seq} tokens")
+            return predictor.report(batch, seq).needed_bytes
+
+        for batch in args.batch:
+            known = {seq: needed(batch, seq) for seq in args.seq}
+            reports = [predictor.report(batch, seq) for seq in args.seq]
+            longest = 0
+            if budget is not None and not args.no_search:
+                longest = largest(
+                    lambda seq, batch=batch: needed(batch, seq),  # type: ignore[misc]
+                    budget,
+                    step=_STEP,
+                    limit=build.most_tokens(config) or _MOST_TOKENS,
+                    known=known,
+                )
+            found.lines.append(Line(name, method, batch, reports, longest))
+        if budget is not None and not args.no_search:
+            seq = args.seq[0]
+            known = {batch: needed(batch, seq) for batch in args.batch}
+            found.batches[method] = largest(
+                lambda batch, seq=seq: needed(batch, seq),  # type: ignore[misc]
+                budget,
+                step=1,
+                limit=_MOST_SEQUENCES,
+                known=known,
+            )
+    return found
+
+
+def _print(found: dict[str, Found], budget: int | None, args: argparse.Namespace) -> None:
+    console = Console()
+    how = "plain" if args.plain else f"peftfast.patch, memory={args.memory!r}"
+    how += ", with checkpointing" if args.checkpointing else ", without checkpointing"
+    limit = "" if budget is None else f"; * does not fit {size(budget)}"
+    searched = budget is not None and not args.no_search
+    table = Table(
+        title=f"GiB needed at the peak, {args.mode}, {PROFILES[args.device].description},"
+        f" {how}{limit}",
+        title_justify="left",
+    )
+    table.add_column("model")
+    table.add_column("method")
+    for header in ["batch", *(f"{seq:,}" for seq in args.seq)]:
+        table.add_column(header, justify="right")
+    if searched:
+        table.add_column("longest sequence", justify="right")
+        table.add_column(f"largest batch at {args.seq[0]:,}", justify="right")
+    for one in found.values():
+        for line in one.lines:
+            cells = [_cell(report, budget) for report in line.reports]
+            row = [escape(line.model), line.method, str(line.batch), *cells]
+            if searched:
+                batch = one.batches[line.method]
+                row += [f"{line.longest:,}" if line.longest else "-", str(batch or "-")]
+            table.add_row(*row)
+        table.add_section()
+    console.print(table)
+
+
+def _cell(report: MemoryReport, budget: int | None) -> str:
+    text = f"{report.needed_bytes / GIB:.1f}"
+    return text if report.fits(budget) else f"[red]{text}*[/red]"
+
+
+def _as_json(found: dict[str, Found], budget: int | None, args: argparse.Namespace) -> Any:
+    return {
+        "device_profile": args.device,
+        "budget": budget,
+        "models": [
+            {
+                "source": source,
+                "largest_batch": {"seq": args.seq[0], **one.batches},
+                "predictions": [
+                    {
+                        "model": line.model,
+                        "method": line.method,
+                        "batch": line.batch,
+                        "longest_sequence": line.longest or None,
+                        "reports": [report.to_dict() for report in line.reports],
+                    }
+                    for line in one.lines
+                ],
+            }
+            for source, one in found.items()
+        ],
+    }
+
+
+class _progress:
+    """Says on standard error what is being predicted."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=quiet and not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._progress.start()
+        task = self._progress.add_task("importing", total=None)
+        return lambda text: self._progress.update(task, description=text)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _failed(message: str) -> int:
+    print(f"peftfast memory: {message}", file=sys.stderr)
+    return 1
+
+
+def _listed(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
+    def parsed(text: str) -> list[_T]:
+        return [parse(part.strip()) for part in text.split(",")]
+
+    return parsed
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
+    return int(text)
+
+
+def _method(text: str) -> str:
+    try:
+        build.check_method(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
