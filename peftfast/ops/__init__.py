@@ -6,6 +6,7 @@ from peftfast.ops import nf4
 from peftfast.ops.activation import activation, gated_activation
 from peftfast.ops.dispatch import Impl, ImplUnavailable
 from peftfast.ops.dropout import dropout
+from peftfast.ops.embedding import embedding
 from peftfast.ops.lora import lora_linear, lora_linear_group, lora_linear_reasons
 from peftfast.ops.norm import layer_norm, rms_norm
 
@@ -14,6 +15,7 @@ __all__ = [
     "ImplUnavailable",
     "activation",
     "dropout",
+    "embedding",
     "gated_activation",
     "layer_norm",
     "lora_linear",
