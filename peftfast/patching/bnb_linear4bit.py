@@ -15,7 +15,7 @@ from peftfast.patching.bases import KINDS
 from peftfast.patching.forwards import replaced_forwards
 from peftfast.patching.four_bit import KIND, Releasing, read_bias, read_weight, view
 from peftfast.patching.fused import fused_forward
-from peftfast.patching.handlers import Comparison
+from peftfast.patching.handlers import ClassSwap, Comparison
 from peftfast.patching.inputs import cast_after, four_bit_reason, input_reason
 from peftfast.patching.probe import ROWS, compared, elsewhere, normal_on, one_element
 from peftfast.patching.state import State, state_of
@@ -75,11 +75,10 @@ class FusedLinearFP4(Releasing, bnb.nn.LinearFP4):
 KINDS.update(dict.fromkeys((FusedLinear4bit, FusedLinearNF4, FusedLinearFP4), KIND))
 
 
-class Linear4bit:
+class Linear4bit(ClassSwap):
     """The handler of bitsandbytes' 4-bit linear `source`, fused as `fused`."""
 
     op = "nf4_linear"
-    has_siblings = False
 
     def __init__(self, source: type[nn.Module], fused: type[nn.Module]) -> None:
         self.name = f"bitsandbytes' {source.__name__}"

@@ -46,6 +46,18 @@ def replaced_forwards(module: nn.Module, source: type[nn.Module], name: str) -> 
     return reasons
 
 
+def defining_class(source: type[nn.Module]) -> Any:
+    """The class of `source`'s ancestry whose forward it runs."""
+    return next(kind for kind in source.__mro__ if "forward" in kind.__dict__)
+
+
+def inherited_forward(source: type[nn.Module], name: str) -> list[str]:
+    """Why the forward that `source` has, its own or an inherited one, is not as it was written."""
+    owner = defining_class(source)
+    written = owner.forward.__module__
+    return [] if written == owner.__module__ else [f"{name}.forward was replaced, by {written}"]
+
+
 def replaced_forward(module: nn.Module, own: Callable[..., Any]) -> str | None:
     """Why a class swap would not reach `module`'s calls; None where it does.
 

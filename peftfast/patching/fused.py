@@ -34,26 +34,26 @@ def fused_forward(
         compute: the module's output from them, eagerly; a compiled call runs them alone.
     """
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         state: State | None = getattr(self, KEY, None)
         if state is None:  # unpatched, while something still holds this bound method
-            return source.forward(self, x, *args, **kwargs)
+            return source.forward(self, *args, **kwargs)
         compiling = torch.compiler.is_compiling()
         reason: str | None = None
-        if args or kwargs:
+        if len(args) != 1 or kwargs:
             reason = "called with arguments besides the input"
         elif not compiling:
             reason = transform_reason()
         elif not torch.compiler.is_dynamo_compiling():  # is_exporting() is wrong in torch 2.11
             reason = "inside torch.export"
-        call = read(self, x) if reason is None else reason
+        call = read(self, args[0]) if reason is None else reason
         if isinstance(call, str):
             if not compiling:
                 state.delegated(call)
-            return source.forward(self, x, *args, **kwargs)
+            return source.forward(self, *args, **kwargs)
         if compiling:
-            return call.output(x, state.impl)
-        y = compute(self, state, call, x)
+            return call.output(args[0], state.impl)
+        y = compute(self, state, call, args[0])
         state.hits += 1
         return y
 

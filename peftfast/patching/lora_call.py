@@ -36,7 +36,8 @@ class LoraCall(NamedTuple):
     """The operands of `peftfast.ops.lora_linear`, one entry of each list an active adapter.
 
     `out_dtype` is what the op's output is cast to, where that differs from what the op gives;
-    `biases_after`: the adapters' biases are added to that output, not to the base's bias.
+    `biases_after`: the adapters' biases are added to that output, not to the base's bias;
+    `compress`: an input kept for A's gradient alone is kept in 8 bits a value.
     """
 
     weight: Tensor | NF4Weight  # [out, in]
@@ -49,6 +50,7 @@ class LoraCall(NamedTuple):
     sources: tuple[Tensor, ...]  # the tensors that all of this was read from
     out_dtype: torch.dtype | None = None
     biases_after: bool = False
+    compress: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +94,7 @@ class LoraCall(NamedTuple):
         """The op's output, of which `finish` makes the module's."""
         return lora_linear(
             x, self.weight, self.bias(), self.lora_a, self.lora_b, self.scaling,
-            dropout_p=self.dropout_p, impl=impl,
+            dropout_p=self.dropout_p, compress=self.compress, impl=impl,
         )  # fmt: skip
 
     def finish(self, y: Tensor) -> Tensor:
@@ -133,7 +135,8 @@ def read_parameters(module: Any, x: Tensor | None = None) -> LoraCall | str:
         return "adapters are merged"
     if not module.cast_input_dtype_enabled:
         return "casting of the input is switched off"
-    base = read_base(module._modules["base_layer"], x, state_of(module))
+    state = state_of(module)
+    base = read_base(module._modules["base_layer"], x, state)
     if isinstance(base, str):
         return base
     sources = list(base.sources)
@@ -159,8 +162,9 @@ def read_parameters(module: Any, x: Tensor | None = None) -> LoraCall | str:
     if not a_list:
         return "no active adapter on this module"
     return LoraCall(
-        base.weight, base.bias, a_list, b_list, bias_list, factors, probabilities, tuple(sources)
-    )
+        base.weight, base.bias, a_list, b_list, bias_list, factors, probabilities, tuple(sources),
+        compress=state is not None and state.memory == "compress",
+    )  # fmt: skip
 
 
 def _adapter_reason(module: Any, name: str, a: Any, b: Any, dropout: Any) -> str | None:

@@ -14,7 +14,7 @@ from peftfast.ops import lora_linear
 from peftfast.patching.bases import read_base, view_of
 from peftfast.patching.forwards import replaced_forwards
 from peftfast.patching.fused import fused_forward
-from peftfast.patching.handlers import Comparison
+from peftfast.patching.handlers import ClassSwap, Comparison
 from peftfast.patching.lora_call import LoraCall, operand_reason, read_call, read_parameters
 from peftfast.patching.probe import (
     ROWS,
@@ -46,7 +46,7 @@ class FusedLoraLinear(lora.Linear):
     forward = fused_forward(lora.Linear, read_call, compute)
 
 
-class PeftLora:
+class PeftLora(ClassSwap):
     """The handler of one of PEFT's LoRA linears, `source`, fused as `fused`."""
 
     op = "lora_linear"

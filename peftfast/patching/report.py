@@ -1,4 +1,6 @@
-"""`report`: every tuner layer and 4-bit linear of a model, fused with which op, or not and why."""
+"""`report`: every tuner layer, 4-bit linear and part around them, fused with which op, or not and
+why.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from peftfast.patching.state import State, left_alone
-from peftfast.patching.survey import Candidate, require_module, survey
+from peftfast.patching.survey import Candidate, claimed_children, require_module, survey
 
 _WIDTH = 140
 _BESIDE_PATH = 90  # columns that the rest of a row needs
@@ -25,6 +27,7 @@ class FusedModule:
         path: its name in the model.
         op: the op of `peftfast.ops`.
         impl: the implementation asked for.
+        memory: the policy by which tensors are saved for the backward.
         siblings: the paths of the modules computed in one call with it, in the order of their
             calls; empty where there are none, or none were observed yet.
         hits: eager calls that the fused op answered (compiled calls are not counted).
@@ -36,6 +39,7 @@ class FusedModule:
     path: str
     op: str
     impl: str
+    memory: str
     siblings: tuple[str, ...]
     hits: int
     delegations: dict[str, int]
@@ -44,7 +48,7 @@ class FusedModule:
 
 @dataclasses.dataclass(frozen=True)
 class NotFusedModule:
-    """A layer that runs its own forward, PEFT's or bitsandbytes', and why."""
+    """A module that runs its own forward, and why."""
 
     path: str
     type: str
@@ -87,8 +91,9 @@ def report(model: nn.Module) -> PatchReport:
     """Which modules of `model` are fused, and why others are not.
 
     Args:
-        model: any module; its PEFT tuner layers are listed, patched or not, and the linears of
-            bitsandbytes that no tuner layer is on.
+        model: any module; its PEFT tuner layers are listed, patched or not, the linears of
+            bitsandbytes that no tuner layer is on, and, where a LoRA layer can be fused, the norms,
+            gated MLPs, activations, dropouts and attention modules around.
 
     Raises:
         TypeError: `model` is not a module.
@@ -96,13 +101,24 @@ def report(model: nn.Module) -> PatchReport:
     candidates = survey(require_module(model))
     paths = {id(candidate.module): candidate.path for candidate in candidates}
     patched = any(candidate.state is not None for candidate in candidates)
+    plans = {c.path: c.state.plan for c in candidates if c.state is not None}
+    claimed = claimed_children(candidates, plans)
     fused, not_fused = [], []
     for candidate in candidates:
+        if candidate.path in claimed:
+            continue
         if candidate.state is not None and candidate.handler is not None:
-            fused.append(_fused(candidate, candidate.state, candidate.handler.op, paths))
+            fused.append(_fused(candidate, candidate.state, candidate.op, paths))
         else:
             kind = f"{type(candidate.module).__module__}.{type(candidate.module).__qualname__}"
             not_fused.append(NotFusedModule(candidate.path, kind, _reasons(candidate, patched)))
+    if any(candidate.is_lora for candidate in candidates):
+        from peftfast.patching import head
+
+        memory = next((entry.memory for entry in fused), "recompute")
+        with_loss, without = head.entries(model, memory)
+        fused += with_loss
+        not_fused += without
     return PatchReport(fused, not_fused)
 
 
@@ -118,6 +134,7 @@ def _fused(candidate: Candidate, state: State, op: str, paths: dict[int, str]) -
         candidate.path,
         op,
         state.impl,
+        state.memory,
         siblings,
         state.hits,
         dict(state.delegations),
@@ -143,11 +160,13 @@ def _fused_table(entries: list[FusedModule]) -> Any:
     if not entries:
         return None
     columns = ("module", "count", "op", "impl", "with siblings", "ran", "not run", "note")
-    table = _table(f"fused ({len(entries)})", columns)
+    policies = ", ".join(dict.fromkeys(repr(entry.memory) for entry in entries))
+    table = _table(f"fused ({len(entries)}), memory={policies}", columns)
 
     def alike(entry: FusedModule) -> Hashable:
         names = tuple(entry.delegations)
-        return _masked(entry.path), entry.op, entry.impl, _names(entry), names, entry.note
+        how = entry.op, entry.impl, entry.memory
+        return _masked(entry.path), *how, _names(entry), names, entry.note
 
     for group in _grouped(entries, alike):
         first = group[0]

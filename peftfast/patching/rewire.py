@@ -5,16 +5,19 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftfast.ops.dispatch import Impl, parse_impl
-from peftfast.patching.forwards import rebind
+from peftfast.patching import offload
 from peftfast.patching.handlers import handler_of
+from peftfast.patching.parts import Part, part_of
 from peftfast.patching.siblings import Siblings
 from peftfast.patching.state import KEY, LeftAlone, State
-from peftfast.patching.survey import Candidate, require_module, survey
+from peftfast.patching.survey import Candidate, claimed_children, require_module, survey
+
+POLICIES = ("recompute", "keep", "compress", "offload")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,68 +29,101 @@ def patch(
     exclude: Iterable[str] = (),
     strict: bool = False,
     verify: bool = True,
+    memory: str = "recompute",
 ) -> Model:
     """Rewire the PEFT layers and the 4-bit linears of `model` onto the fused ops, in place.
 
-    Only instances are changed: of each recognised module the class, to a subclass, and one
-    attribute. Parameters, state_dict keys, hooks and everything that PEFT does with its layers stay
-    as they were; where a layer's own forward, PEFT's or bitsandbytes', would compute something else
-    than the op does, that forward runs. Calling it again takes modules that were added since, and
-    applies `impl` and `exclude` to the others.
+    And, where LoRA layers are fused, the norms, gated MLPs, activations, dropouts and attention
+    modules around them, so that the step keeps little for its backward.
+
+    Only instances are changed: of each recognised module the class, to a subclass (of an attention
+    module the config, to one that shares everything with its own), and one attribute. Parameters,
+    state_dict keys, hooks and everything that PEFT does with its layers stay as they were; where a
+    module's own forward would compute something else than the op does, that forward runs. Calling
+    it again takes modules that were added since, and applies `impl`, `exclude` and `memory` to the
+    others.
 
     Args:
         model: a model with PEFT adapters or 4-bit linears of bitsandbytes, anything that contains
             them, or a part of it.
-        impl: "auto", "triton", "native" or "reference", as the ops take it.
+        impl: "auto", "triton", "native" or "reference", as the ops take it. Parts around the layers
+            take "auto" where their op lacks that implementation; the report shows it.
         exclude: which modules to leave alone: glob patterns over module paths ("*.layers.0.*"), or
             whole names at a path's end ("q_proj", "mlp.down_proj").
         strict: raise where a module that could be fused is not (modules of a kind that no op
             serves, and excluded ones, don't count), or where there is nothing to fuse.
         verify: compare each module's fused output with its own on small random inputs first, and
             leave a module alone where they differ by more than rounding; the reason is in the
-            report.
+            report. (What the parts around compute is found by comparing in any case.)
+        memory: how a step keeps what its backward needs; results are the same but where it is said.
+
+            - "recompute": norms, activations, gated products and dropouts are made again in the
+              backward from what is kept anyway. No matrix product is ever computed again; it costs
+              reading and writing those tensors once more.
+            - "keep": those modules run their own forwards, and all that autograd keeps is kept.
+            - "compress": "recompute", and an input that is kept for the gradient of a LoRA A alone,
+              and can't be made again, is kept in 8 bits a value with a scale for each row. That
+              gradient is rounded accordingly; no other one is.
+            - "offload": "recompute", and what is kept goes from the GPU to pinned host memory on a
+              stream of its own, and comes back ahead of the backward. It costs two copies over the
+              bus, which overlap with computing, and as much host memory.
 
     Returns:
         `model`, the same object.
 
     Raises:
         TypeError: `model` is not a module, or `exclude` is not an iterable of strings.
-        ValueError: `impl` is unknown, or a pattern of `exclude` matches nothing.
+        ValueError: `impl` or `memory` is unknown, or a pattern of `exclude` matches nothing.
         ImplUnavailable: `impl` was named and can't serve these modules.
         RuntimeError: `strict`, and something that could be fused was not. After any of these the
             model is as it was.
     """
     candidates = survey(require_module(model))
     impl = _impl_name(impl)
+    if memory not in POLICIES:
+        allowed = ", ".join(map(repr, POLICIES))
+        raise ValueError(f"memory is {memory!r}; allowed: {allowed}")
     excluded = _excluded(candidates, exclude)
     open_to = [c for c in candidates if c.fusable and c.path not in excluded]
     if parse_impl(impl) is not Impl.AUTO:
         _require_impl(impl, open_to)
-    left = {path: f"excluded by {pattern!r}" for path, pattern in excluded.items()}
-    unchecked: dict[str, str] = {}
+    choice = _Choice(
+        {path: f"excluded by {pattern!r}" for path, pattern in excluded.items()},
+        set(excluded),
+    )
     for candidate in open_to:
-        if candidate.state is None and candidate.handler is not None and verify:
-            found = candidate.handler.compare(candidate.module, impl)
-            unchecked[candidate.path] = found.unchecked
-            if found.difference:
-                left[candidate.path] = found.difference
-    chosen = [candidate for candidate in open_to if candidate.path not in left]
+        _look_at(candidate, impl, memory, verify, choice)
+    claimed = claimed_children(open_to, choice.plans)
+    chosen = [c for c in open_to if c.path not in choice.left and c.path not in claimed]
+    if not any(candidate.is_lora for candidate in chosen):
+        for candidate in [c for c in chosen if c.is_part]:
+            chosen.remove(candidate)
+            choice.leave(candidate, "no LoRA layer around is fused")
     if strict:
-        _require_all(candidates, chosen, left, excluded)
+        _require_all([c for c in candidates if c.path not in claimed], chosen, choice)
+    from peftfast.patching import head  # imports transformers
+
+    head.leave(model)
     listed = {id(candidate.module) for candidate in candidates}
     for module in model.modules():
         if id(module) not in listed:  # fused, until an adapter was put on it
             restore(module)
     for candidate in candidates:
-        if candidate.path in left or candidate.state is None:
+        if candidate.path in choice.left or candidate.path in claimed or candidate.state is None:
             restore(candidate.module)
-        if candidate.path in left:
-            candidate.module.__dict__[KEY] = LeftAlone(left[candidate.path])
+        if candidate.path in choice.left:
+            candidate.module.__dict__[KEY] = LeftAlone(choice.left[candidate.path])
+    tensor = _tensor_of_first_lora(chosen)
     for candidate in chosen:
-        _fuse(candidate, impl, unchecked.get(candidate.path, "verify=False"))
+        _fuse(candidate, _impl_of(candidate, impl, tensor), memory, choice)
     _join_siblings(chosen)
+    if any(candidate.is_lora for candidate in chosen):
+        head.join(model, memory, impl)
+    offload.detach(model)
+    if memory == "offload" and chosen:
+        offload.attach(model)
     if not chosen:
-        warnings.warn(_nothing_fused(candidates, left), stacklevel=2)
+        warnings.warn(_nothing_fused(candidates, choice), stacklevel=2)
     return model
 
 
@@ -103,8 +139,12 @@ def unpatch(model: Model) -> Model:
     Raises:
         TypeError: `model` is not a module.
     """
-    for module in list(require_module(model).modules()):
+    from peftfast.patching import head  # imports transformers
+
+    head.leave(require_module(model))
+    for module in list(model.modules()):
         restore(module)
+    offload.detach(model)
     return model
 
 
@@ -113,28 +153,75 @@ def restore(module: nn.Module) -> None:
     record = module.__dict__.pop(KEY, None)
     if not isinstance(record, State):
         return
-    handler = handler_of(module)
+    handler = part_of(module) or handler_of(module)
     assert handler is not None
-    if type(module) is handler.fused:
-        module.__class__ = handler.source
-    else:
-        warnings.warn(
-            f"{type(module).__name__} was derived from {handler.fused.__name__} by other code after"
-            " patch: the class is left in place, and runs the original's forward from now on",
-            stacklevel=3,
-        )
-    rebind(module, handler.fused.forward, handler.source.forward)
+    handler.restore(module)
 
 
-def _fuse(candidate: Candidate, impl: str, unchecked: str) -> None:
+class _Choice:
+    """What `patch` has found out about the candidates, by path.
+
+    Attributes:
+        left: why modules are left alone.
+        meant: those of them that are left on purpose, or can't be fused: strict doesn't count them.
+        unchecked: why a chosen one was not compared with its own forward.
+        plans: what was found of a chosen part.
+    """
+
+    def __init__(self, left: dict[str, str], meant: set[str]) -> None:
+        self.left, self.meant = left, meant
+        self.unchecked: dict[str, str] = {}
+        self.plans: dict[str, Any] = {}
+
+    def leave(self, candidate: Candidate, reason: str, meant: bool = True) -> None:
+        self.left[candidate.path] = reason
+        if meant:
+            self.meant.add(candidate.path)
+
+
+def _look_at(candidate: Candidate, impl: str, memory: str, verify: bool, choice: _Choice) -> None:
+    """Compare a candidate with its own forward, where that is to be done."""
+    path, handler, state = candidate.path, candidate.handler, candidate.state
+    assert handler is not None
+    if memory == "keep" and handler.recomputes:
+        choice.leave(candidate, "memory='keep': its own forward keeps what autograd keeps")
+    elif state is not None:
+        choice.plans[path] = state.plan
+    elif verify or handler.found_by_comparing:
+        found = handler.compare(candidate.module, impl)
+        choice.unchecked[path] = found.unchecked
+        if found.difference or found.unserved:
+            choice.leave(candidate, found.difference or found.unserved, bool(found.unserved))
+        else:
+            choice.plans[path] = found.plan
+
+
+def _tensor_of_first_lora(chosen: list[Candidate]) -> Tensor | None:
+    """A tensor on the device, and of the dtype, that the model computes on and in."""
+    layer = next((candidate.module for candidate in chosen if candidate.is_lora), None)
+    if layer is None:
+        return None
+    weight: Tensor = layer.get_base_layer().weight
+    if weight.dtype.is_floating_point:
+        return weight
+    return next(iter(layer.lora_A.values())).weight
+
+
+def _impl_of(candidate: Candidate, impl: str, tensor: Tensor | None) -> str:
+    if not isinstance(candidate.handler, Part) or tensor is None:
+        return impl
+    return candidate.handler.impl(candidate.module, impl, tensor.device, tensor.dtype)
+
+
+def _fuse(candidate: Candidate, impl: str, memory: str, choice: _Choice) -> None:
     module, handler, state = candidate.module, candidate.handler, candidate.state
     assert handler is not None
     if state is not None:
-        state.impl = impl
+        state.impl, state.memory = impl, memory
         return
-    module.__dict__[KEY] = State(impl, unchecked)
-    module.__class__ = handler.fused
-    rebind(module, handler.source.forward, handler.fused.forward)
+    unchecked = choice.unchecked.get(candidate.path, "verify=False")
+    module.__dict__[KEY] = State(impl, unchecked, memory, choice.plans.get(candidate.path))
+    handler.rewire(module)
     handler.prepare(module)
 
 
@@ -196,34 +283,32 @@ def _matches(path: str, pattern: str) -> bool:
     return path == pattern or path.endswith("." + pattern) or fnmatch.fnmatchcase(path, pattern)
 
 
-def _require_all(
-    candidates: list[Candidate],
-    chosen: list[Candidate],
-    left: dict[str, str],
-    excluded: dict[str, str],
-) -> None:
+def _require_all(candidates: list[Candidate], chosen: list[Candidate], choice: _Choice) -> None:
     """Raise where something that could be fused will not be, or nothing will."""
     missed = [
         f"{c.path}: {'; '.join(c.obstacles)}"
         for c in candidates
-        if c.obstacles and c.path not in excluded
+        if c.obstacles and c.path not in choice.meant
     ]
-    missed += [f"{path}: {reason}" for path, reason in left.items() if path not in excluded]
+    missed += [
+        f"{path}: {reason}" for path, reason in choice.left.items() if path not in choice.meant
+    ]
     if missed:
         raise RuntimeError(
             f"strict: {len(missed)} modules that could be fused were not, and the model is as it"
             " was:\n  " + "\n  ".join(missed)
         )
     if not chosen:
-        raise RuntimeError("strict: " + _nothing_fused(candidates, left))
+        raise RuntimeError("strict: " + _nothing_fused(candidates, choice))
 
 
-def _nothing_fused(candidates: list[Candidate], left: dict[str, str]) -> str:
-    if not candidates:
+def _nothing_fused(candidates: list[Candidate], choice: _Choice) -> str:
+    layers = [candidate for candidate in candidates if not candidate.is_part]
+    if not layers:
         return "nothing was fused: the model has no PEFT adapter layer and no 4-bit linear"
-    first = candidates[0]
-    reasons = left.get(first.path) or "; ".join(first.unsupported + first.obstacles)
+    first = layers[0]
+    reasons = choice.left.get(first.path) or "; ".join(first.unsupported + first.obstacles)
     return (
-        f"nothing was fused: none of the {len(candidates)} layers qualifies; the first,"
+        f"nothing was fused: none of the {len(layers)} layers qualifies; the first,"
         f" {first.path!r}: {reasons} (peftfast.report lists all)"
     )

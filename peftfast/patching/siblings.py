@@ -179,7 +179,7 @@ class Group:
             if member is None or state is None or state.group is not self or state.impl != impl:
                 return None
             call = "has pre-hooks" if member._forward_pre_hooks else read(member, x)
-            if isinstance(call, str):
+            if isinstance(call, str) or call.compress != first.compress:
                 return None
             calls.append(call)
         return calls
@@ -197,6 +197,7 @@ class Group:
             [call.lora_b for call in calls],
             [call.scaling for call in calls],
             dropout_p=[call.dropout_p for call in calls],
+            compress=calls[0].compress,
             impl=impl,
         )
         self._siblings.record(first, any(call.drops() for call in calls), recomputing)

@@ -23,6 +23,8 @@ class State:
 
     Attributes:
         impl: the implementation asked for, passed to the op at each call.
+        memory: the policy by which the op saves tensors for the backward.
+        plan: what was found of a part of the model that its fused forward needs, if anything.
         unchecked: why the module was not compared with its own forward when it was patched; ""
             where it was.
         hits: eager calls that the fused op answered.
@@ -33,8 +35,12 @@ class State:
         group, index: the module's place among siblings that read one input, once that was observed.
     """
 
-    def __init__(self, impl: str, unchecked: str = "") -> None:
+    def __init__(
+        self, impl: str, unchecked: str = "", memory: str = "recompute", plan: Any = None
+    ) -> None:
         self.impl = impl
+        self.memory = memory
+        self.plan = plan
         self.unchecked = unchecked
         self.siblings: Siblings | None = None
         self._start()
@@ -58,7 +64,8 @@ class State:
         self.delegations[reason] = self.delegations.get(reason, 0) + 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"impl": self.impl, "unchecked": self.unchecked, "siblings": self.siblings}
+        names = ("impl", "unchecked", "memory", "plan", "siblings")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, settings: dict[str, Any]) -> None:
         self.__dict__.update(settings)

@@ -1,6 +1,8 @@
 """Finding every candidate, each with why it can't be fused, if it can't.
 
-Candidates are PEFT's tuner layers, and bitsandbytes' linears that no tuner layer is on.
+Candidates are layers: PEFT's tuner layers, and bitsandbytes' linears that no tuner layer is on. And
+where a LoRA layer is among them that can be fused, or is, the parts around: norms, gated MLPs,
+activations, dropouts and attention.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from peftfast.patching.handlers import Handler, handler_of, handlers
+from peftfast.patching.parts import Part, part_of
 from peftfast.patching.state import State, state_of
 
 
@@ -27,6 +30,21 @@ class Candidate:
     handler: Handler | None
     unsupported: tuple[str, ...] = ()
     obstacles: tuple[str, ...] = ()
+
+    @property
+    def is_part(self) -> bool:
+        return isinstance(self.handler, Part)
+
+    @property
+    def op(self) -> str:
+        """The op of a fused one."""
+        state, handler = self.state, self.handler
+        assert state is not None and handler is not None
+        return handler.op_of(state.plan) if isinstance(handler, Part) else handler.op
+
+    @property
+    def is_lora(self) -> bool:
+        return self.handler is not None and self.handler.op == "lora_linear"
 
     @property
     def fusable(self) -> bool:
@@ -59,12 +77,49 @@ def survey(model: nn.Module) -> list[Candidate]:
     }
     bases = {id(m.base_layer) for m in layers}
     quantised = _quantised_types()
-    return [
+    found = [
         _candidate(path, module, id(module) in merged_by_parent)
         for path, module in modules
         if isinstance(module, BaseTunerLayer)
         or (isinstance(module, quantised) and id(module) not in bases)
     ]
+    wanted = any(candidate.is_lora and candidate.fusable for candidate in found)
+    inside = {id(inner) for layer in layers for inner in _inside(layer)}
+    for path, module in modules:
+        if id(module) not in inside and (wanted or state_of(module) is not None):
+            handler = part_of(module)
+            if handler is not None:
+                found.append(_part(path, module, handler))
+    return found
+
+
+def claimed_children(candidates: list[Candidate], plans: dict[str, Any]) -> dict[str, str]:
+    """Paths of parts that another part no longer calls, each with that one's path.
+
+    Args:
+        plans: of the parts that are rewired, or will be, by path.
+    """
+    claimed = {}
+    for candidate in candidates:
+        if candidate.path in plans and isinstance(candidate.handler, Part):
+            for name in candidate.handler.claims(plans[candidate.path]):
+                claimed[f"{candidate.path}.{name}" if candidate.path else name] = candidate.path
+    return claimed
+
+
+def _inside(layer: Any) -> list[nn.Module]:
+    """The modules of a tuner layer that are its own, and those of a linear below it."""
+    base = layer.base_layer
+    kept = {id(module) for module in base.modules()}
+    return [module for module in layer.modules() if id(module) not in kept]
+
+
+def _part(path: str, module: Any, handler: Part) -> Candidate:
+    if state_of(module) is not None:
+        return Candidate(path, module, handler)
+    if unsupported := handler.unsupported(module):
+        return Candidate(path, module, handler, unsupported=tuple(unsupported))
+    return Candidate(path, module, handler, obstacles=tuple(handler.obstacles(module)))
 
 
 def _quantised_types() -> tuple[type[nn.Module], ...]:
