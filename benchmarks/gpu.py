@@ -86,11 +86,11 @@ def stages(folder: Path, results: Path | None) -> list[Stage]:
     folders = ["tests/ops", "tests/kernels", "tests/native"]
     tests = [sys.executable, "-m", "pytest", *folders, "-q", "-x", *parallel]
     found = [Stage("build", build, 50.0), Stage("tests", tests, 130.0)]
-    benchmarks = {"lora_linear": 70.0, "train_step": 100.0, "nf4_dequantize": 30.0}
+    benchmarks = {"lora_linear": 60.0, "train_step": 80.0, "nf4_dequantize": 30.0}
     benchmarks["nf4_linear"] = 40.0
     if find_spec("bitsandbytes"):
         benchmarks["train_step_qlora"] = 60.0
-    for name, share in (benchmarks | {"lora_gemm": 40.0}).items():
+    for name, share in (benchmarks | {"memory_peak": 40.0, "lora_gemm": 30.0}).items():
         command = [sys.executable, "-m", "benchmarks", "run", name, "--device", "cuda", "--quick"]
         command += ["--json", str(folder / f"{name}.json")]
         command += ["--results", str(results)] if results else []

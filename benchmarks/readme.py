@@ -195,6 +195,53 @@ def _qlora_step_table(rows: Sequence[Row]) -> str:
     return markdown(header, cells)
 
 
+def _saved_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "method", "dropout", "mask", "checkpoints", "compiled", "memory"]
+    header += ["units saved", "units alive"]
+    cells = []
+    for row in rows:
+        config = row["config"]
+        settings = ("method", "dropout", "mask", "checkpointing", "compiled", "memory")
+        cells.append(
+            [
+                row["variant"],
+                *(str(config[name]) for name in settings),
+                figure(row["saved_units"]),
+                figure(row["alive_units"]),
+            ]
+        )
+    config = rows[0]["config"]
+    sizes = f"{config['model']}, batch {config['batch']}, sequence {config['sequence']}"
+    note = (
+        f"Bytes that a forward keeps for its backward ({sizes}, {config['dtype']}); a unit is"
+        " tokens x layers x hidden x 2 bytes."
+    )
+    return f"{note}\n\n{markdown(header, cells)}"
+
+
+def _memory_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "model", "method", "tokens", "dtype", "dropout", "checkpointing"]
+    header += ["predicted MiB", "measured MiB", "error"]
+    cells = []
+    for row in rows:
+        config = row["config"]
+        cells.append(
+            [
+                row["variant"],
+                config["family"],
+                config["method"],
+                f"{config['batch']} x {config['seq']}",
+                config["dtype"],
+                str(config["dropout"]),
+                "yes" if config["checkpointing"] else "no",
+                figure(row["predicted_bytes"] / 2**20, 1),
+                figure(row["peak_bytes"] / 2**20, 1),
+                f"{row['error']:+.2%}",
+            ]
+        )
+    return markdown(header, cells)
+
+
 def _counted_table(rows: Sequence[Row]) -> str:
     header = ["variant", "adapters", "dropout", "total u", "beyond frozen u", "workspace u"]
     cells = [
@@ -217,9 +264,11 @@ def _counted_table(rows: Sequence[Row]) -> str:
 _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "lora_linear": _linear_table,
     "lora_siblings": _counted_table,
+    "memory_peak": _memory_table,
     "nf4_dequantize": _dequantize_table,
     "nf4_linear": _nf4_linear_table,
     "qlora_linear": _counted_table,
+    "saved": _saved_table,
     "train_step": _step_table,
     "train_step_qlora": _qlora_step_table,
 }

@@ -254,32 +254,56 @@ def check_method(method: Any) -> None:
 
 
 def quantise(model: Any, dtype: torch.dtype) -> None:
-    """Put 4-bit linears of bitsandbytes, nested statistics included, in place of a meta model's
-    linears, but for its output head.
+    """Put 4-bit linears of bitsandbytes, nested statistics included, in the place of those linears
+    of a meta model that transformers would load in 4 bits.
     """
-    from bitsandbytes.nn import Linear4bit
-
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is head:
-            continue
-        fresh = Linear4bit(
-            module.in_features,
-            module.out_features,
-            bias=module.bias is not None,
-            compute_dtype=dtype,
-            compress_statistics=True,
-            quant_type="nf4",
-            device="meta",
-        )
-        if module.bias is not None:
-            fresh.bias = module.bias
-        fresh.weight = _four_bit_weight(module.weight, fresh, dtype)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], fresh)
+    dense = to_quantise(model)
+    put_four_bit_linears(model, dtype)
+    for name, module in dense.items():
+        fresh = model.get_submodule(name)
+        weight = module.weight if type(module) is nn.Linear else module.weight.t()
+        fresh.weight = _four_bit_weight(weight, fresh, dtype)
+        if fresh.bias is not None:
+            fresh.bias = nn.Parameter(fresh.bias.detach().to(dtype), requires_grad=False)
     model.requires_grad_(False)
     model.is_loaded_in_4bit = True
     model.is_quantized = True
+
+
+def to_quantise(model: Any) -> dict[str, Any]:
+    """The linears that transformers loads in 4 bits, by name: not the output head, and not what a
+    model keeps in float32.
+    """
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    left = _left_dense(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and should_convert_module(name, left)
+    }
+
+
+def put_four_bit_linears(model: Any, dtype: torch.dtype) -> None:
+    """Replace those linears by bitsandbytes' on the meta device, as transformers does."""
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+    )
+    replace_with_bnb_linear(model, _left_dense(model), config)
+
+
+def _left_dense(model: Any) -> list[str]:
+    from transformers.quantizers.base import HfQuantizer
+
+    return HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
 
 
 def _four_bit_weight(weight: Tensor, module: Any, dtype: torch.dtype) -> Any:

@@ -47,7 +47,11 @@ def parse_impl(impl: str | Impl) -> Impl:
 
 def interpreting() -> bool:
     """Whether Triton's kernels run in its CPU interpreter, as TRITON_INTERPRET=1 asks."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return False
+    from peftfast.native import library
+
+    return not library.is_dry()
 
 
 @functools.cache
