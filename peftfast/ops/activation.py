@@ -81,7 +81,7 @@ def gated_activation(
             f" {gate.device}: they must agree"
         )
     _check_kind(kind)
-    p = probability(dropout_p)
+    p = probability(dropout_p, "dropout_p")
     if seed is not None:
         check_one_seed(gate, seed)
     settings = (kind, p, parse_impl(impl).value)

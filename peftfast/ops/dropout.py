@@ -53,7 +53,7 @@ def dropout(
         ImplUnavailable: `impl` was named and can't serve the call.
     """
     check_dense(x, "x")
-    p = probability(p)
+    p = probability(p, "p")
     asked = parse_impl(impl)
     if seed is not None:
         check_one_seed(x, seed)
@@ -75,8 +75,8 @@ def dropout_reasons(impl: str | Impl, device: torch.device, dtype: torch.dtype) 
     return reasons.get(parse_impl(impl), none)()
 
 
-def probability(p: float) -> float:
-    return constant(probabilities(p, 1, "dropout_p")[0])
+def probability(p: float, name: str) -> float:
+    return constant(probabilities(p, 1, name)[0])
 
 
 def draw_seed(x: Tensor) -> Tensor:
