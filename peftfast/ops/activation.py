@@ -107,12 +107,15 @@ def _check_kind(kind: str) -> None:
 
 
 def _triton_serves(asked: str, x: Tensor, dy: Tensor | None = None) -> bool:
+    if asked == Impl.REFERENCE or (asked == Impl.AUTO and x.device.type != "cuda"):
+        return False
+
     def triton() -> list[str]:
         batched = ["the gradients are batched"] if is_batched([dy]) else []
         return triton_reasons(x.device, x.dtype) + batched
 
-    order = (Impl.TRITON, Impl.REFERENCE) if x.device.type == "cuda" else (Impl.REFERENCE,)
     reasons = {Impl.TRITON: triton, Impl.REFERENCE: none}
+    order = (Impl.TRITON, Impl.REFERENCE)
     return choose("activation", Impl(asked), order, reasons) is Impl.TRITON
 
 

@@ -163,14 +163,15 @@ def _kernels(
 ) -> Any:
     """The Triton kernels where they serve a call, else None."""
     x = tensors[0]
+    if asked == Impl.REFERENCE or (asked == Impl.AUTO and x.device.type != "cuda"):
+        return None
 
     def triton() -> list[str]:
         reasons = _triton_reasons(x.device, [t.dtype for t in tensors], x.shape[-1], light)
         return reasons + (["the gradients are batched"] if is_batched([dy]) else [])
 
     reasons = {Impl.TRITON: triton, Impl.REFERENCE: none}
-    order = (Impl.TRITON, Impl.REFERENCE) if x.device.type == "cuda" else (Impl.REFERENCE,)
-    if choose(op, Impl(asked), order, reasons) is Impl.REFERENCE:
+    if choose(op, Impl(asked), (Impl.TRITON, Impl.REFERENCE), reasons) is Impl.REFERENCE:
         return None
     from peftfast_kernels import norm
 
