@@ -200,20 +200,18 @@ def chunked_cross_entropy(
             logit_scale,
             needs.any(),
         )
-        if not needs.any():
-            continue
         if dbias is not None:
             dbias += dl.sum(0, dtype=wide)
         if dx is not None:
-            gradient = base_gradient([dl], x.dtype, weights, None)
+            gradient = base_gradient([dl], x.dtype, weights, [dl.dtype])
             assert gradient is not None
             dx[part] = gradient
         for t, b, g, db in zip(bottlenecks, ups, gs, dbs, strict=True):
-            dy = dl.to(t.dtype)
             if db is not None:
-                db += torch.mm(dy.t(), t[part])
+                db += torch.mm(dl.to(t.dtype).t(), t[part])
             if g is not None:
-                torch.mm(dy, b, out=g[part])
+                torch.mm(dl.to(t.dtype), b, out=g[part])
+        del logits, dl  # before the next chunk's
     das = []
     for i, g in enumerate(gs):
         if g is None:
