@@ -130,10 +130,9 @@ class GatedMLP(Part):
         for name in found.linears:
             linear = module._modules[name]
             sizes = [found.small(linear.out_features), found.small(linear.in_features)]
-            small = nn.Linear(1, 1)
+            small = nn.utils.skip_init(nn.Linear, sizes[1], sizes[0])
             small.weight = nn.Parameter(normal(*sizes), requires_grad=False)
             small.bias = nn.Parameter(normal(sizes[0]), requires_grad=False)
-            small.out_features, small.in_features = sizes
             modules[name] = small
         act = module._modules[found.act]
         modules[found.act] = shallow(act, source_of(act))

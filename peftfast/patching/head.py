@@ -50,6 +50,7 @@ def join(
     memory: str = "recompute",
     impl: str = "auto",
     left: Mapping[str, str] | None = None,
+    known: Mapping[int, Record] | None = None,
 ) -> None:
     """Let the heads of `model` defer their logits, where that serves; `leave` undoes it.
 
@@ -57,6 +58,7 @@ def join(
         memory: the policy of `patch`; with "keep" heads stay as they are.
         impl: the implementation asked for; one that the op does not have gives way to "auto".
         left: paths of heads to leave alone, each with the reason.
+        known: the records that `leave` returned, which go on counting.
     """
     leave(model)
     for owner, path, head in _heads(model):
@@ -66,23 +68,31 @@ def join(
         if memory == "keep" or _obstacle(owner, head):
             continue
         source = type(head)
-        head.__dict__[_RECORD] = Record(impl if impl in ("native", "reference") else "auto")
+        asked = impl if impl in ("native", "reference") else "auto"
+        record = (known or {}).get(id(head)) or Record(asked)
+        record.impl = asked
+        head.__dict__[_RECORD] = record
         head.__class__ = _SWAPS[source]
         rebind(head, source.forward, _SWAPS[source].forward)
         owner.register_forward_pre_hook(_enter, with_kwargs=True)
         owner.register_forward_hook(_exit, always_call=True)
 
 
-def leave(model: nn.Module) -> None:
-    """Undo what `join` did to the modules of `model`."""
+def leave(model: nn.Module) -> dict[int, Record]:
+    """Undo what `join` did to the modules of `model`; returns the records by the heads' ids."""
+    records: dict[int, Record] = {}
     for module in list(model.modules()):
-        if module.__dict__.pop(_RECORD, None) is not None:
+        record = module.__dict__.pop(_RECORD, None)
+        if isinstance(record, Record):
+            records[id(module)] = record
+        if record is not None:
             swapped = next((s for s, own in _SWAPS.items() if type(module) is own), None)
             if swapped is not None:
                 module.__class__ = swapped
                 rebind(module, _SWAPS[swapped].forward, swapped.forward)
         _remove_hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, _enter)
         _remove_hook(module._forward_hooks, module._forward_hooks_always_called, _exit)
+    return records
 
 
 def entries(

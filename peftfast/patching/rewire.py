@@ -78,12 +78,14 @@ def patch(
         RuntimeError: `strict`, and something that could be fused was not. After any of these the
             model is as it was.
     """
+    from peftfast.patching import head  # imports transformers
+
     candidates = survey(require_module(model))
     impl = _impl_name(impl)
     if memory not in POLICIES:
         allowed = ", ".join(map(repr, POLICIES))
         raise ValueError(f"memory is {memory!r}; allowed: {allowed}")
-    excluded = _excluded(candidates, exclude)
+    excluded = _excluded([c.path for c in candidates], head.paths(model), exclude)
     open_to = [c for c in candidates if c.fusable and c.path not in excluded]
     if parse_impl(impl) is not Impl.AUTO:
         _require_impl(impl, open_to)
@@ -101,9 +103,7 @@ def patch(
             choice.leave(candidate, "no LoRA layer around is fused")
     if strict:
         _require_all([c for c in candidates if c.path not in claimed], chosen, choice)
-    from peftfast.patching import head  # imports transformers
-
-    head.leave(model)
+    known = head.leave(model)
     listed = {id(candidate.module) for candidate in candidates}
     for module in model.modules():
         if id(module) not in listed:  # fused, until an adapter was put on it
@@ -118,7 +118,7 @@ def patch(
         _fuse(candidate, _impl_of(candidate, impl, tensor), memory, choice)
     _join_siblings(chosen)
     if any(candidate.is_lora for candidate in chosen):
-        head.join(model, memory, impl)
+        head.join(model, memory, impl, choice.left, known)
     offload.detach(model)
     if memory == "offload" and chosen:
         offload.attach(model)
@@ -257,7 +257,7 @@ def _require_impl(impl: str, candidates: list[Candidate]) -> None:
         handler.require(impl, [candidate.module for candidate in alike])
 
 
-def _excluded(candidates: list[Candidate], exclude: Iterable[str]) -> dict[str, str]:
+def _excluded(paths: list[str], heads: list[str], exclude: Iterable[str]) -> dict[str, str]:
     """The pattern that excludes each excluded path."""
     if isinstance(exclude, str) or not isinstance(exclude, Iterable):
         raise TypeError(
@@ -268,10 +268,10 @@ def _excluded(candidates: list[Candidate], exclude: Iterable[str]) -> dict[str, 
     for pattern in exclude:
         if not isinstance(pattern, str):
             raise TypeError(f"exclude holds a {type(pattern).__name__}; patterns are strings")
-        matches = [c.path for c in candidates if _matches(c.path, pattern)]
+        matches = [path for path in (*paths, *heads) if _matches(path, pattern)]
         if not matches:
             raise ValueError(
-                f"exclude: {pattern!r} matches none of the {len(candidates)} layers; it is"
+                f"exclude: {pattern!r} matches none of the {len(paths)} modules; it is"
                 " matched against their whole path, as a glob pattern ('*.layers.0.*'), or names"
                 " the path's last parts ('mlp.down_proj')"
             )

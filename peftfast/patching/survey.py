@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from peftfast.patching.handlers import Handler, handler_of, handlers
-from peftfast.patching.parts import Part, part_of
+from peftfast.patching.parts import Part, part_of, source_of
 from peftfast.patching.state import State, state_of
 
 
@@ -153,7 +153,7 @@ def _no_handler(module: Any) -> str:
             return f"{kind} is a subclass of {handler.name} with a forward that may differ"
     if not isinstance(module, BaseTunerLayer):
         return f"{kind} has no fused op"
-    base = type(module.get_base_layer()).__name__
+    base = source_of(module.get_base_layer()).__name__
     if isinstance(module, lora.ParamWrapper):
         return f"LoRA on the parameter {module.parameter_name!r} of {base} has no fused op"
     if isinstance(module, lora.LoraLayer):
