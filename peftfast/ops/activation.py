@@ -73,13 +73,7 @@ def gated_activation(
     Moves gate, up and the product once, and in the backward gate, up, dy and the gradients. Errors
     are as in `activation`.
     """
-    check_dense(gate, "gate")
-    check_dense(up, "up")
-    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
-        raise ValueError(
-            f"up is {up.dtype} {shape(up)} on {up.device}, gate is {gate.dtype} {shape(gate)} on"
-            f" {gate.device}: they must agree"
-        )
+    _check_pair(gate, up)
     _check_kind(kind)
     p = probability(dropout_p, "dropout_p")
     if seed is not None:
@@ -96,6 +90,16 @@ def activation_reasons(impl: str | Impl, device: torch.device, dtype: torch.dtyp
     if asked is Impl.NATIVE:
         return ["activations have no native implementation"]
     return triton_reasons(device, dtype) if asked is Impl.TRITON else []
+
+
+def _check_pair(gate: Tensor, up: Tensor) -> None:
+    check_dense(gate, "gate")
+    check_dense(up, "up")
+    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
+        raise ValueError(
+            f"up is {up.dtype} {shape(up)} on {up.device}, gate is {gate.dtype} {shape(gate)} on"
+            f" {gate.device}: they must agree"
+        )
 
 
 def _check_kind(kind: str) -> None:
@@ -154,7 +158,12 @@ def _dtype(inputs: Inputs, settings: Settings) -> torch.dtype:
     return inputs[0].dtype
 
 
-_ACTIVATION = Rebuilt("activation", _forward, _backward, _dtype, lambda *_: (True,))
+def _check(inputs: Inputs, settings: Settings) -> None:
+    check_dense(inputs[0], "x")
+    _check_kind(settings[0])
+
+
+_ACTIVATION = Rebuilt("activation", _forward, _backward, _dtype, lambda *_: (True,), _check)
 
 
 # Gate, up, and a seed where elements are dropped; settings: kind, dropout_p, impl
@@ -203,4 +212,13 @@ def _gated_reads(settings: Settings, needs: Sequence[bool]) -> list[bool]:
     return [True, needs[0], True][: len(needs)]
 
 
-_GATED = Rebuilt("gated_activation", _gated_forward, _gated_backward, _dtype, _gated_reads)
+def _gated_check(inputs: Inputs, settings: Settings) -> None:
+    _check_pair(inputs[0], inputs[1])
+    _check_kind(settings[0])
+    if settings[1] > 0:
+        check_one_seed(inputs[0], inputs[2])
+
+
+_GATED = Rebuilt(
+    "gated_activation", _gated_forward, _gated_backward, _dtype, _gated_reads, _gated_check
+)

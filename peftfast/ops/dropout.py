@@ -150,4 +150,9 @@ def _dtype(inputs: Inputs, settings: Settings) -> Any:
     return inputs[0].dtype
 
 
-_DROPOUT = Rebuilt("dropout", _forward, _backward, _dtype, lambda *_: (False, True))
+def _check(inputs: Inputs, settings: Settings) -> None:
+    check_dense(inputs[0], "x")
+    check_one_seed(inputs[0], inputs[1])
+
+
+_DROPOUT = Rebuilt("dropout", _forward, _backward, _dtype, lambda *_: (False, True), _check)

@@ -109,9 +109,8 @@ def norm_reasons(
 def input_gradient(kind: str, dy: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """The gradient of a norm's x, from kind, settings and inputs of its recipe; without a graph."""
     op = {"rms_norm": _RMS_NORM, "layer_norm": _LAYER_NORM}[kind]
-    layout = ((0, 0),) * len(inputs)
     needs = [True] + [False] * (len(inputs) - 1)
-    (dx,) = op.backward(dy, inputs, layout, [one.dtype for one in inputs], settings, needs)
+    (dx,) = op.backward(dy, inputs, [one.dtype for one in inputs], settings, needs)
     return dx
 
 
@@ -234,9 +233,16 @@ def _as(
     return [grad.to(dtype) for grad, dtype in zip(grads, wanted, strict=True)]
 
 
-_RMS_NORM = Rebuilt(
-    "rms_norm", _rms_forward, _rms_backward, _rms_dtype, lambda _, needs: [True] * len(needs)
-)
+def _rms_reads(settings: Settings, needs: Sequence[bool]) -> list[bool]:
+    return [True] * len(needs)
+
+
+def _rms_check(inputs: Inputs, settings: Settings) -> None:
+    x, weight = inputs[0], inputs[1] if len(inputs) > 1 else None
+    _check(x, settings[1], weight=weight)
+
+
+_RMS_NORM = Rebuilt("rms_norm", _rms_forward, _rms_backward, _rms_dtype, _rms_reads, _rms_check)
 
 
 # LayerNorm; settings: whether there is a weight, eps, the dtype to compute in or None for x's, impl
@@ -298,4 +304,11 @@ def _layer_reads(settings: Settings, needs: Sequence[bool]) -> list[bool]:
     return reads + [False] * (len(needs) - len(reads))
 
 
-_LAYER_NORM = Rebuilt("layer_norm", _layer_forward, _layer_backward, _layer_dtype, _layer_reads)
+def _layer_check(inputs: Inputs, settings: Settings) -> None:
+    weight, bias = _parameters(inputs, settings[0], None)
+    _check(inputs[0], settings[1], weight=weight, bias=bias)
+
+
+_LAYER_NORM = Rebuilt(
+    "layer_norm", _layer_forward, _layer_backward, _layer_dtype, _layer_reads, _layer_check
+)

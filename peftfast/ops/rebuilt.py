@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops import recipes
-from peftfast.ops.operands import is_traced, no_autocast
+from peftfast.ops.operands import is_traced, no_autocast, shape
 from peftfast.ops.second_order import first_order_only
 
 Inputs = Sequence[Tensor]
@@ -38,6 +38,8 @@ class Rebuilt:
         dtype: the output's, of inputs and settings.
         reads: which inputs the backward reads, of the settings and of which inputs ask for a
             gradient.
+        check: raises where sizes of inputs disagree: a library op can be called by anyone, and
+            kernels trust sizes.
     """
 
     def __init__(
@@ -47,9 +49,11 @@ class Rebuilt:
         backward: Backward,
         dtype: Callable[[Inputs, Settings], torch.dtype],
         reads: Callable[[Settings, Sequence[bool]], Sequence[bool]],
+        check: Callable[[Inputs, Settings], None],
     ) -> None:
         self.kind = kind
         self._forward, self._backward, self._dtype, self._reads = forward, backward, dtype, reads
+        self._check = check
         recipes.builder(kind)(forward)
         self._register()
 
@@ -72,14 +76,13 @@ class Rebuilt:
     def backward(
         self,
         dy: Tensor,
-        saved: Sequence[Tensor],
-        layout: Layout,
+        inputs: Sequence[Tensor | None],
         dtypes: Sequence[torch.dtype],
         settings: Settings,
         needs: Sequence[bool],
     ) -> list[Tensor]:
         with torch.no_grad(), no_autocast(dy):
-            return self._backward(dy, _restored(layout, saved), dtypes, settings, needs)
+            return self._backward(dy, inputs, dtypes, settings, needs)
 
     def _kept(self, inputs: Inputs, settings: Settings) -> tuple[Layout, list[Tensor]]:
         """What to save of each input, and the leaves of those with a recipe."""
@@ -115,7 +118,9 @@ class Rebuilt:
             schema="(Tensor[] inputs, str settings, Tensor[] leaves, str layout) -> Tensor",
         )
         def forward(inputs: Any, settings: str, leaves: Any, layout: str) -> Tensor:
-            return self.forward(inputs, recipes.decode(settings))
+            decoded = recipes.decode(settings)
+            self._check(inputs, decoded)
+            return self.forward(inputs, decoded)
 
         @forward.register_fake
         def _(inputs: Any, settings: str, leaves: Any, layout: str) -> Tensor:
@@ -125,29 +130,33 @@ class Rebuilt:
         @torch.library.custom_op(
             f"{name}_backward",
             mutates_args=(),
-            schema="(Tensor dy, Tensor[] saved, str layout, ScalarType[] dtypes, int[] ranks,"
+            schema="(Tensor dy, Tensor[] saved, str layout, str dtypes, int[] ranks,"
             " str settings, bool[] needs) -> Tensor[]",
         )
         def backward(
-            dy: Tensor, saved: Any, layout: str, dtypes: Any, ranks: Any, settings: str, needs: Any
+            dy: Tensor, saved: Any, layout: str, dtypes: str, ranks: Any, settings: str, needs: Any
         ) -> list[Tensor]:
-            decoded = recipes.decode(layout), dtypes, recipes.decode(settings)
-            return self.backward(dy, saved, *decoded, needs)
+            inputs = _restored(recipes.decode(layout), saved)
+            for one, rank in zip(inputs, ranks, strict=True):
+                if one is not None and one.is_floating_point() and one.shape != _last(dy, rank):
+                    raise ValueError(f"dy is {shape(dy)} for an input of {shape(one)}")
+            return self.backward(dy, inputs, _dtypes(dtypes), recipes.decode(settings), needs)
 
         @backward.register_fake
         def _(
-            dy: Tensor, saved: Any, layout: str, dtypes: Any, ranks: Any, settings: str, needs: Any
+            dy: Tensor, saved: Any, layout: str, dtypes: str, ranks: Any, settings: str, needs: Any
         ) -> list[Tensor]:
-            wanted = [
-                of for of, need in zip(zip(dtypes, ranks, strict=True), needs, strict=True) if need
+            every = zip(_dtypes(dtypes), ranks, needs, strict=True)
+            return [
+                dy.new_empty(_last(dy, rank), dtype=dtype) for dtype, rank, need in every if need
             ]
-            return [dy.new_empty(dy.shape[dy.ndim - rank :], dtype=dtype) for dtype, rank in wanted]
 
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             tensors, settings, leaves, layout = inputs
             ctx.settings, ctx.layout, ctx.leaves = settings, layout, len(leaves)
             ctx.needs = [one.requires_grad for one in tensors]
-            ctx.dtypes, ctx.ranks = [t.dtype for t in tensors], [t.ndim for t in tensors]
+            ctx.dtypes = ",".join(str(one.dtype).removeprefix("torch.") for one in tensors)
+            ctx.ranks = [one.ndim for one in tensors]
             ctx.save_for_backward(*_saved(recipes.decode(layout), tensors, leaves))
 
         gradient = getattr(torch.ops.peftfast, f"{self.kind}_backward")
@@ -179,12 +188,20 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         op: Rebuilt = ctx.op
-        computed = op.backward(
-            dy, ctx.saved_tensors, ctx.layout, ctx.dtypes, ctx.settings, ctx.needs
-        )
+        inputs = _restored(ctx.layout, ctx.saved_tensors)
+        computed = op.backward(dy, inputs, ctx.dtypes, ctx.settings, ctx.needs)
         grads = iter(first_order_only(op.kind, computed))
         given = [next(grads) if need else None for need in ctx.needs]
         return (*[None] * 4, *given, *[None] * (ctx.tensors - len(given)))
+
+
+def _dtypes(names: str) -> list[torch.dtype]:
+    return [getattr(torch, name) for name in names.split(",")]
+
+
+def _last(dy: Tensor, rank: int) -> torch.Size:
+    """The shape of an input of that many dimensions: dy's, or a row's."""
+    return dy.shape[dy.ndim - rank :]
 
 
 def _held(entry: tuple[Any, int] | None) -> int:

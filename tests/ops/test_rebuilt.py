@@ -326,3 +326,20 @@ def _library_calls(op: Op, leaves: list[Tensor]) -> list[tuple[Any, ...]]:
     Recorder(graph).run(leaves[0])
     assert len(calls) == 2
     return calls
+
+
+def test_library_ops_hold_their_operands_to_each_other() -> None:
+    x, w, seed = torch.randn(3, 8), torch.ones(7), _seed()
+    ops = torch.ops.peftfast
+    rms, gated = (
+        recipes.encode(("llama", 1e-5, None, "auto")),
+        recipes.encode(("silu", 0.3, "auto")),
+    )
+    with pytest.raises(ValueError, match=r"weight is \[7\]"):
+        ops.rms_norm([x, w], rms, [], "((0, 0), (0, 0))")
+    with pytest.raises(ValueError, match=r"up is torch.float32 \[7\]"):
+        ops.gated_activation([x, w, seed], gated, [], "((0, 0), (0, 0), (0, 0))")
+    with pytest.raises(ValueError, match=r"seed is \[2\]"):
+        ops.dropout([x, torch.tensor([1, 2])], recipes.encode((0.3, "auto")), [], "(None, (0, 0))")
+    with pytest.raises(ValueError, match=r"dy is \[3, 7\] for an input of \[3, 8\]"):
+        ops.rms_norm_backward(x[:, :7], [x], "((0, 0),)", "float32", [2], rms, [True])
