@@ -46,7 +46,6 @@ _READS = {
     Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__repr__, Tensor.__format__,
     Tensor.share_memory_, Tensor.storage, Tensor.data.__get__,  # type: ignore[attr-defined]
 }  # fmt: skip
-_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 
 
 @dataclasses.dataclass
@@ -141,11 +140,14 @@ class _Source:
             return F.linear(hidden.to(self.dtype), head.weight.to(self.dtype), bias)
 
     def values(self) -> Tensor:
-        changed = [self.hidden, self.head.weight]
-        if [tensor._version for tensor in changed] != self._versions[:2]:
+        read = (self.hidden, self.head.weight)
+        changed = [tensor._version for tensor in read] != self._versions[:2]
+        freed = any(tensor.untyped_storage().nbytes() == 0 for tensor in read)
+        if changed or freed:
             raise RuntimeError(
-                "logits were read after the head's input or its weight was changed in place; read"
-                " them before that, or patch the model with exclude=[the head's name]"
+                f"logits were read after the head's input or its weight was"
+                f" {'changed in place' if changed else 'freed'}; read them before that, or patch"
+                " the model with exclude=[the head's name]"
             )
         self.record.made += 1
         with torch.inference_mode(False), torch.no_grad():
@@ -240,8 +242,8 @@ class DeferredLogits(Tensor):
                 return loss
         elif func in _READS:
             return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
-        elif func in _HOOKS:
-            _watch(args[0].cell.source)
+        elif func in (Tensor.register_hook, Tensor.retain_grad):
+            _watch(args[0].cell.source, func)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -272,11 +274,16 @@ def _values(value: Any) -> Any:
     return value.cell.values() if isinstance(value, DeferredLogits) else value
 
 
-def _watch(source: _Source) -> None:
-    if source.fused:
+def _watch(source: _Source, func: Any) -> None:
+    """Somebody wants to see the gradient of logits: a loss to come has to give it.
+
+    A hook after the loss is let be, for FSDP puts one on all that a model returns.
+    """
+    if source.fused and func is Tensor.retain_grad:
         raise RuntimeError(
-            "the loss was computed without the logits, so no gradient passes through them: watch"
-            " them before the loss is computed, or patch the model with exclude=[the head's name]"
+            "the loss was computed without the logits, so no gradient passes through them: call"
+            " retain_grad before the loss is computed, or patch the model with exclude=[the head's"
+            " name]"
         )
     source.watched = True
 
