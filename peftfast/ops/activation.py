@@ -17,6 +17,7 @@ from peftfast.ops.dropout import (
     check_one_seed,
     draw_seed,
     drop_of,
+    dropout_reasons,
     implementation,
     probability,
 )
@@ -90,6 +91,13 @@ def activation_reasons(impl: str | Impl, device: torch.device, dtype: torch.dtyp
     if asked is Impl.NATIVE:
         return ["activations have no native implementation"]
     return triton_reasons(device, dtype) if asked is Impl.TRITON else []
+
+
+def gated_activation_reasons(
+    impl: str | Impl, device: torch.device, dtype: torch.dtype
+) -> list[str]:
+    """The same of `gated_activation`, which csrc serves with its dropout."""
+    return dropout_reasons(impl, device, dtype)
 
 
 def _check_pair(gate: Tensor, up: Tensor) -> None:

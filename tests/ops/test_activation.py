@@ -5,6 +5,7 @@ float64.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.activations import ACT2FN
 from peftfast.memory import saved_bytes
 from peftfast.native import library
 from peftfast.ops import ImplUnavailable, activation, dropout, gated_activation
+from peftfast.ops.dropout import dropout_reasons
 from peftfast.reference import activation as reference
 from tests.tolerance import assert_within
 
@@ -69,12 +71,26 @@ def test_a_bad_operand_is_named(change: dict[str, Any], error: type, message: st
         gated_activation(**(good | change))
 
 
-def test_an_implementation_that_can_not_serve_says_why() -> None:
+def test_an_implementation_that_can_not_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["peftfast.ops.activation"]  # the package has the function of that name
     x = torch.randn(2, 8, device=DEVICE)
     with pytest.raises(ImplUnavailable, match="activation has no native implementation"):
         activation(x, "silu", impl="native")
     with pytest.raises(ImplUnavailable, match="dtype torch.float64"):
         gated_activation(x.double(), x.double(), "silu", impl="triton")
+    device = torch.device(DEVICE)
+    assert module.activation_reasons("native", device, torch.float32) == [
+        "activations have no native implementation"
+    ]
+    for reasons in (module.activation_reasons, module.gated_activation_reasons, dropout_reasons):
+        assert reasons("triton", device, torch.float32) == []
+        assert reasons("auto", device, torch.float64) == []
+        assert "torch.float64" in reasons("triton", device, torch.float64)[0]
+    monkeypatch.setattr(library, "missing", lambda kind: "the library was not built")
+    why = "csrc has no elementwise" if CUDA else "the library was not built"
+    with pytest.raises(ImplUnavailable, match=why):
+        gated_activation(x, x, "silu", impl="native")
+    assert why in module.gated_activation_reasons("native", device, torch.float32)[0]
     with pytest.raises(ValueError, match="kind is 'swish'"):
         activation(x, "swish")
     with pytest.raises(TypeError, match="x is int"):
