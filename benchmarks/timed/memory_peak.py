@@ -26,6 +26,7 @@ from benchmarks.registry import Outcome, Request, Row, timed
 from benchmarks.targets import Target
 from peftfast.memory import PROFILES, DeviceProfile, MemoryReport, estimate
 from peftfast.memory.build import model_class, put_four_bit_linears, to_quantise
+from peftfast.memory.simulate import step_options
 from peftfast.memory.storages import storages
 from peftfast.ops.scratch import clear_scratch, scratch_bytes
 
@@ -221,11 +222,13 @@ def measure_peak(case: Case, device: torch.device) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
+    options = step_options(model)
+
     def step() -> None:
         names = ("input_ids", "attention_mask", "labels")
         shape = (case.batch, case.seq)
         batch = {name: torch.ones(shape, dtype=torch.int64, device=device) for name in names}
-        model(**batch).loss.backward()
+        model(**batch, **options).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -204,7 +204,8 @@ def prepare(model: Any, recipe: Recipe) -> nn.Module:
     with torch.device("meta"), _random_state():
         model = _with_method(model, recipe)
     model.train()
-    if recipe.checkpointing or getattr(model, "is_gradient_checkpointing", False):
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if recipe.checkpointing or checkpointed:
         # Not compared with what was kept: that is done where meta tensors don't pass for others.
         arguments = {"use_reentrant": False, "determinism_check": "none"}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils import logging
 
 from peftfast.memory import build
 from peftfast.memory.estimating import DTYPES, MODES, POLICIES, Predictor
@@ -114,11 +119,9 @@ def main(args: argparse.Namespace) -> int:
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         return _failed(NEEDS)
     budget = PROFILES[args.device].capacity if args.budget is None else args.budget
-    found: dict[str, Found] = {}
     try:
         with _progress(args.json) as say:
-            for source in args.models:
-                found[source] = _predict(source, args, budget, say)
+            found = _predict_all(args, budget, say)
     except (build.ConfigError, NeedsValues) as error:
         return _failed(str(error))
     reports = [r for one in found.values() for line in one.lines for r in line.reports]
@@ -142,9 +145,33 @@ def main(args: argparse.Namespace) -> int:
     )
 
 
+def _predict_all(
+    args: argparse.Namespace, budget: int | None, say: Callable[[str], None]
+) -> dict[str, Found]:
+    """Every model, several at a time where there are cores for it."""
+    sources: list[str] = list(dict.fromkeys(args.models))
+    processes = min(len(sources), os.cpu_count() or 1)
+    if processes == 1:
+        return {source: _predict(source, args, budget, say) for source in sources}
+    for source in sources:
+        build.load_config(source)  # a wrong one is found before anything is started
+    found: dict[str, Found] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        waiting = {pool.submit(_predict, source, args, budget): source for source in sources}
+        for done in as_completed(waiting):
+            found[waiting[done]] = done.result()
+            say(f"{len(found)} of {len(sources)} models")
+    return {source: found[source] for source in sources}
+
+
 def _predict(
-    source: str, args: argparse.Namespace, budget: int | None, say: Callable[[str], None]
+    source: str,
+    args: argparse.Namespace,
+    budget: int | None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Found:
+    logging.set_verbosity_error()  # transformers' remarks on settings that are right here
     config = build.load_config(source)
     name = Path(source).stem if source.endswith(".json") else Path(source).name
     found = Found()
@@ -168,13 +195,14 @@ def _predict(
             say(f"{name}, {method}, {batch} x {seq} tokens")
             return predictor.report(batch, seq).needed_bytes
 
+        first = args.seq[0]
         for batch in args.batch:
             known = {seq: needed(batch, seq) for seq in args.seq}
             reports = [predictor.report(batch, seq) for seq in args.seq]
             longest = 0
             if budget is not None and not args.no_search:
                 longest = largest(
-                    lambda seq, batch=batch: needed(batch, seq),  # type: ignore[misc]
+                    functools.partial(needed, batch),
                     budget,
                     step=_STEP,
                     limit=build.most_tokens(config) or _MOST_TOKENS,
@@ -182,16 +210,19 @@ def _predict(
                 )
             found.lines.append(Line(name, method, batch, reports, longest))
         if budget is not None and not args.no_search:
-            seq = args.seq[0]
-            known = {batch: needed(batch, seq) for batch in args.batch}
+            known = {batch: needed(batch, first) for batch in args.batch}
             found.batches[method] = largest(
-                lambda batch, seq=seq: needed(batch, seq),  # type: ignore[misc]
+                functools.partial(_swapped, needed, first),
                 budget,
                 step=1,
                 limit=_MOST_SEQUENCES,
                 known=known,
             )
     return found
+
+
+def _swapped(needed: Callable[[int, int], int], seq: int, batch: int) -> int:
+    return needed(batch, seq)
 
 
 def _print(found: dict[str, Found], budget: int | None, args: argparse.Namespace) -> None:
@@ -201,17 +232,19 @@ def _print(found: dict[str, Found], budget: int | None, args: argparse.Namespace
     limit = "" if budget is None else f"; * does not fit {size(budget)}"
     searched = budget is not None and not args.no_search
     table = Table(
-        title=f"GiB needed at the peak, {args.mode}, {PROFILES[args.device].description},"
-        f" {how}{limit}",
+        title=f"GiB needed, {args.mode}, {PROFILES[args.device].description}, {how}{limit}",
         title_justify="left",
+        caption="Columns of numbers: tokens of a sequence. Most: the longest sequence, and the"
+        " largest batch of the shortest ones here, that fit. Predicted, not measured.",
+        caption_justify="left",
     )
-    table.add_column("model")
-    table.add_column("method")
+    table.add_column("model", no_wrap=True)
+    table.add_column("method", no_wrap=True)
     for header in ["batch", *(f"{seq:,}" for seq in args.seq)]:
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     if searched:
-        table.add_column("longest sequence", justify="right")
-        table.add_column(f"largest batch at {args.seq[0]:,}", justify="right")
+        table.add_column("most tokens", justify="right")
+        table.add_column(f"most x {args.seq[0]:,}", justify="right")
     for one in found.values():
         for line in one.lines:
             cells = [_cell(report, budget) for report in line.reports]

@@ -186,7 +186,8 @@ class Models:
 
     def __init__(self, config: Any, recipe: Recipe) -> None:
         self._config, self._recipe = config, recipe
-        self._plan = build.layer_plan(config)
+        # What is on its way to the host does not grow with the layers.
+        self._plan = None if recipe.memory == "offload" else build.layer_plan(config)
         self._built: dict[int | None, nn.Module] = {}
 
     def trace(self, step: _Step) -> Trace:

@@ -21,10 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from peftfast.memory.attention import attention
+from peftfast.memory.host import pretended_host
 from peftfast.memory.profiles import DeviceProfile
 from peftfast.ops.dry_run import dry_run
 
 _META = torch.device("meta")
+_PLAIN = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 _MOVES = (Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.new_tensor)
 
 
@@ -37,6 +39,8 @@ def pretending(profile: DeviceProfile) -> Iterator[None]:
     """Let meta tensors pass for tensors of `profile`'s device in this thread."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(dry_run(profile.arch, profile.sm_count))
+        if profile.kind == "cuda":
+            stack.enter_context(pretended_host())
         stack.enter_context(_Pretence(profile))
         yield
 
@@ -68,6 +72,9 @@ class _Pretence(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        asked = torch._C._is_torch_function_enabled()  # not from within the subclass's own answer
+        if asked and any(kind.__torch_function__ not in _PLAIN for kind in types):
+            return NotImplemented  # the subclass is asked first, and this mode for what it calls
         own = self._own.get(func)
         if own is not None:
             return own(*args, **kwargs)

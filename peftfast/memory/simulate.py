@@ -41,11 +41,12 @@ def training_step(
     trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     state: list[Tensor] = []
     vocabulary = vocabulary_of(model)
+    options = step_options(model)
     with _running(model, tracker, profile):
         inputs = _inputs(model, batch, seq)
         _relabel(tracker, list(inputs.values()), "inputs and buffers")
         tracker.phase = "forward"
-        output = model(**inputs)
+        output = model(**inputs, **options)
         loss = getattr(output, "loss", None)
         if loss is None:
             raise TypeError(f"{type(model).__name__} gives no loss for input_ids and labels")
@@ -98,7 +99,7 @@ def generation(model: nn.Module, profile: DeviceProfile, batch: int, seq: int) -
     vocabulary = vocabulary_of(model)
     for block in tracker.blocks:
         if block.label in ("prompt", "decoding"):
-            wide = vocabulary in block.shape
+            wide = block.shape[-1:] == (vocabulary,)
             block.label = "logits and loss" if wide else "scratch and workspaces"
     model.train()
     return trace_of(tracker.moments, tracker.blocks, profile.block)
@@ -167,6 +168,12 @@ def _inputs(model: Any, batch: int, seq: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def step_options(model: Any) -> dict[str, Any]:
+    """What a trainer passes besides: no cache of keys and values, where there would be one."""
+    takes = "use_cache" in inspect.signature(_base(model).forward).parameters
+    return {"use_cache": False} if takes else {}
+
+
 def _cached(cache: Any) -> list[Tensor]:
     found = []
     for layer in getattr(cache, "layers", ()):
@@ -186,7 +193,7 @@ def _relabel(
 
 def label_of(block: Block, kept: int, vocabulary: int) -> str:
     """The class of what a phase made, which is its label so far; the forward ends at `kept`."""
-    if block.label != "optimizer step" and vocabulary in block.shape:
+    if block.label != "optimizer step" and block.shape[-1:] == (vocabulary,):
         return "logits and loss"
     if block.label == "forward" and (block.died is None or block.died > kept):
         return "saved activations"

@@ -20,6 +20,7 @@ from peftfast.memory.trace import Block, Moment
 Hidden = Callable[[Any, tuple, dict, Any], int]
 Answer = Callable[[Any, tuple, dict], Any]
 
+_PLAIN = torch._C._disabled_torch_dispatch_impl
 _NUMBERS = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -74,6 +75,8 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(kind.__torch_dispatch__ is not _PLAIN for kind in types):
+            return NotImplemented  # the subclass is asked first, and this mode for what it calls
         if self._ignores and func is not torch.ops.aten.lift_fresh.default:
             for _, storage in self._each((args, kwargs)):
                 if storage._cdata not in self._known:

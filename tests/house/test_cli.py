@@ -40,7 +40,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "a command is needed: demo, doctor, bench"),
+        ([], "a command is needed: demo, doctor, memory, bench"),
         (["fly"], "invalid choice: 'fly'"),
         (["doctor", "--fly"], "peftfast doctor: error: unrecognized arguments: --fly"),
     ],

@@ -1,0 +1,187 @@
+"""`peftfast memory`, `fit` and the search: tables, JSON, drawings, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftfast import cli
+from peftfast.memory import fit, plot
+from peftfast.memory.build import load_config
+from peftfast.memory.fitting import DoesNotFit
+from peftfast.memory.search import largest
+from peftfast.memory.sizes import parse_size
+from tests.memory.models import config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    values = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128,
+        "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512, "rope_theta": 10000.0, "dtype": "bfloat16",
+    }  # fmt: skip
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_json_holds_every_prediction(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["memory", tiny, "--method", "lora,qlora:4", "--seq", "64,128", "--batch", "1,3"]
+    assert cli.main([*arguments, "--budget", "1GiB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (model,) = found["models"]
+    lines = model["predictions"]
+    assert [(line["method"], line["batch"]) for line in lines] == [
+        ("lora", 1), ("lora", 3), ("qlora:4", 1), ("qlora:4", 3),
+    ]  # fmt: skip
+    assert all(len(line["reports"]) == 2 for line in lines)
+    assert lines[0]["longest_sequence"] > lines[1]["longest_sequence"] > 0
+    assert lines[0]["longest_sequence"] % 256 == 0
+    assert model["largest_batch"]["seq"] == 64 and model["largest_batch"]["lora"] > 3
+    for line in lines:
+        needs = [report["needed_bytes"] for report in line["reports"]]
+        assert needs[0] < needs[1]
+
+
+def test_the_table_marks_what_does_not_fit(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["memory", tiny, "--method", "lora", "--seq", "64,65536", "--no-search"]
+    assert cli.main([*arguments, "--budget", "2GiB"]) == 0
+    out = capsys.readouterr().out
+    (row,) = [line for line in out.splitlines() if "tiny" in line]
+    assert row.count("*") == 1 and "0.5" in row
+    assert "Predicted, not measured" in out
+
+
+def test_nothing_fits(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["memory", tiny, "--method", "full", "--seq", "64", "--budget", "100MiB"]
+    assert cli.main(arguments) == 1
+    assert "nothing fits 100.00 MiB: the least" in capsys.readouterr().err
+
+
+def test_a_drawing(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    arguments = ["memory", tiny, "--method", "lora", "--seq", "64", "--no-search"]
+    assert cli.main([*arguments, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*arguments, "--plot", str(tmp_path / "plot.nonesuch")]) == 1
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_a_drawing_needs_matplotlib(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["memory", tiny, "--plot", "x.png"]) == 1
+    assert plot.NEEDS in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds a list; an object is needed"),
+        ('{"hidden_size": 8}', "has no field model_type"),
+        ('{"model_type": "zebra"}', "knows no architecture 'zebra'"),
+        ('{"model_type": "llama"}', "lacks hidden_size, num_hidden_layers, num_attention_heads"),
+    ],
+)
+def test_a_wrong_configuration(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert cli.main(["memory", str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", str(tmp_path / "none.json")]) == 1
+    assert "can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--seq", "0"),
+        ("--seq", "12,many"),
+        ("--batch", "-1"),
+        ("--budget", "40 apples"),
+        ("--budget", "0GiB"),
+        ("--method", "lara"),
+        ("--method", "lora:0"),
+        ("--device", "v100"),
+    ],
+)
+def test_wrong_options(
+    option: str, value: str, tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["memory", tiny, f"{option}={value}"])
+    assert stop.value.code == 2
+    assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_the_published_configurations() -> None:
+    """Parameters as published: the numbers of the models' names."""
+    from peftfast.memory import estimate
+
+    billions = {
+        "llama-2-7b": 6.74, "llama-2-13b": 13.02, "llama-3-8b": 8.03, "qwen3-14b": 14.77,
+        "qwen3-32b": 32.76,
+    }  # fmt: skip
+    assert {path.stem for path in CONFIGS.glob("*.json")} == set(billions)
+    for name, count in billions.items():
+        of = load_config(CONFIGS / f"{name}.json")
+        report = estimate(of, seq=8, optimizer="none", patched=False, method="full")
+        assert report.by_class["base weights"] / 2e9 == pytest.approx(count, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("40GiB", 40 << 30), ("24 GB", 24 * 10**9), ("512M", 512 << 20), ("7", 7), ("1.5k", 1536)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("budget, found", [(97, 0), (100, 8), (1000, 904), (10**6, 4096)])
+def test_the_largest_that_fits(budget: int, found: int) -> None:
+    calls = []
+
+    def needed(size: int) -> int:
+        calls.append(size)
+        return 90 + size + (size // 512) * 5
+
+    assert largest(needed, budget, step=8, limit=4096) == found
+    assert len(calls) <= 12
+
+
+def test_a_search_where_growth_is_not_a_line() -> None:
+    assert largest(lambda size: size**3, 10**6, step=1, limit=10**4) == 100
+    assert largest(lambda size: 5, 10, step=4, limit=10) == 8
+
+
+def test_fit_takes_the_cheapest_way_that_holds_the_batch() -> None:
+    options: dict[str, Any] = {"method": "lora", "seq": 256, "batch": 8}
+    loose = fit(config("llama"), "8GiB", **options)
+    assert (loose.batch, loose.accumulation, loose.checkpointing) == (8, 1, False)
+    assert loose.memory == "recompute" and len(loose.reasons) == 1
+    needs = loose.report.needed_bytes
+    tight = fit(config("llama"), needs - 1, **options)
+    assert tight.batch * tight.accumulation >= 8
+    assert tight.report.needed_bytes < needs and len(tight.reasons) > 1
+    assert "batch" in str(tight)
+
+
+def test_fit_says_what_the_least_is() -> None:
+    with pytest.raises(DoesNotFit, match="nothing fits 100.00 MiB: one sequence of 64 tokens"):
+        fit(config("llama"), "100MiB", method="lora", seq=64)
+    with pytest.raises(ValueError, match="budget is 0"):
+        fit(config("llama"), 0)
