@@ -86,7 +86,11 @@ class Forward:
 
     def __init__(self, module: nn.Module) -> None:
         own = [*module.parameters(), *module.buffers()]
-        self._stay = {_key(tensor) for tensor in own if _has_storage(tensor)}
+        self._stay: weakref.WeakValueDictionary[int, torch.UntypedStorage] = (
+            weakref.WeakValueDictionary(
+                {_key(tensor): tensor.untyped_storage() for tensor in own if _has_storage(tensor)}
+            )
+        )
         self._known: weakref.WeakValueDictionary[tuple[int, int], Away] = (
             weakref.WeakValueDictionary()
         )
@@ -101,7 +105,7 @@ class Forward:
             self._free_what_left()
             key = (_key(tensor), tensor._version)
             away = self._known.get(key)
-            if away is None:
+            if away is None or not away.is_of(tensor):
                 away = Away(tensor, len(self._order))
                 self._known[key] = away
                 self._order.append(weakref.ref(away))
@@ -147,7 +151,7 @@ class Forward:
             and _has_storage(tensor)
             and tensor.untyped_storage().nbytes() >= SMALL
             and tensor.untyped_storage().nbytes() % tensor.itemsize == 0
-            and _key(tensor) not in self._stay
+            and self._stay.get(_key(tensor)) is None
         )
 
 
@@ -178,6 +182,7 @@ class Away:
     def __init__(self, tensor: Tensor, place: int) -> None:
         self.place = place
         self.holders = self.awaited = 0
+        self._storage = weakref.ref(tensor.untyped_storage())
         self.nbytes = tensor.untyped_storage().nbytes()
         self._device = tensor.device
         self._lane = lane(tensor)
@@ -188,6 +193,10 @@ class Away:
         self._there: Tensor | None = flat  # until the copy is done
         self._seen: weakref.ref[Tensor] | None = None
         self._arrived: Any = None
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether this is the storage of `tensor`, not one that was at its place before."""
+        return self._storage() is tensor.untyped_storage()
 
     def wait_to_leave(self) -> None:
         if self._left is not None:
