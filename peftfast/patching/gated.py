@@ -35,6 +35,7 @@ class GatedPlan(NamedTuple):
         gate_first: whether the first half of such an output is the gate.
         act, act_type, kind: the activation, its class, and what it computes.
         dropout: a dropout before `down`; "" where there is none.
+        last: a dropout after it, which is called; "" where there is none.
     """
 
     gate: str
@@ -45,6 +46,7 @@ class GatedPlan(NamedTuple):
     act_type: type[nn.Module]
     kind: str
     dropout: str
+    last: str
 
 
 class GatedCall(NamedTuple):
@@ -61,7 +63,7 @@ class GatedCall(NamedTuple):
             gate, up = (first, second) if plan.gate_first else (second, first)
         h = gated_activation(gate, up, plan.kind, dropout_p=self.p, impl=impl)
         y: Tensor = modules[plan.down](h)
-        return y
+        return modules[plan.last](y) if plan.last else y
 
 
 class GatedMLP(Part):
@@ -191,14 +193,16 @@ def _children(module: nn.Module) -> _Children | None:
 
 
 def _plans(found: _Children, act: type[nn.Module]) -> Iterator[GatedPlan]:
-    dropouts = ("", found.dropout) if found.dropout else ("",)
+    dropouts = [("", "")]
+    if found.dropout:
+        dropouts += [(found.dropout, ""), ("", found.dropout)]
     if len(found.linears) == 3:
         roles = [(gate, up, down, True) for gate, up, down in itertools.permutations(found.linears)]
     else:
         pairs = itertools.permutations(found.linears)
         roles = [(gate, "", down, first) for gate, down in pairs for first in (True, False)]
     for (gate, up, down, first), kind, dropout in itertools.product(roles, KINDS, dropouts):
-        yield GatedPlan(gate, up, down, first, found.act, act, kind, dropout)
+        yield GatedPlan(gate, up, down, first, found.act, act, kind, *dropout)
 
 
 def _reference(probe: Any, plan: GatedPlan, x: Tensor) -> Tensor:

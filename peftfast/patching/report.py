@@ -15,8 +15,8 @@ from torch import nn
 from peftfast.patching.state import State, left_alone
 from peftfast.patching.survey import Candidate, claimed_children, require_module, survey
 
-_WIDTH = 140
-_BESIDE_PATH = 90  # columns that the rest of a row needs
+_WIDTH = 160
+_BESIDE_PATH = 110  # columns that the rest of a row needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def report(model: nn.Module) -> PatchReport:
         else:
             kind = f"{type(candidate.module).__module__}.{type(candidate.module).__qualname__}"
             not_fused.append(NotFusedModule(candidate.path, kind, _reasons(candidate, patched)))
-    if any(candidate.is_lora for candidate in candidates):
+    if any(candidate.is_lora and candidate.fusable for candidate in candidates):
         from peftfast.patching import head
 
         memory = next((entry.memory for entry in fused), "recompute")

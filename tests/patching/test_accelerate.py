@@ -17,7 +17,15 @@ from peft.tuners import lora
 from torch import nn
 
 from peftfast.patching import patch, report, unpatch
-from tests.patching.tiny import adapted, copy_of, inputs_of, lora_linears, step_is_as_good
+from tests.patching.tiny import (
+    adapted,
+    copy_of,
+    fused_layers,
+    inputs_of,
+    layers_of,
+    lora_linears,
+    step_is_as_good,
+)
 
 
 def dispatched(model: Any) -> Any:
@@ -54,7 +62,7 @@ def test_device_map(first: str) -> None:
         dispatched(patch(model, strict=True))
     for _ in range(3):
         step_is_as_good(model, peft, inputs_of())
-    assert all(e.hits == 3 and not e.delegations for e in report(model).fused)
+    assert all(e.hits == 3 and not e.delegations for e in fused_layers(model))
     expected = logits(peft)
     unpatch(model)
     clean(model)
@@ -81,7 +89,7 @@ def test_hooks_removed(first: str, order: str) -> None:
     assert torch.equal(logits(model), expected)
     patch(model, strict=True)  # accelerate leaves the bound forward on the instance
     torch.testing.assert_close(logits(model), expected)
-    assert all(entry.hits == 1 for entry in report(model).fused)
+    assert all(entry.hits == 1 for entry in fused_layers(model))
 
 
 class Doubling(ModelHook):
@@ -102,7 +110,7 @@ def test_hook_on_a_fused_module(first: str) -> None:
         patch(model, strict=True)
     for _ in range(3):
         step_is_as_good(model, peft, inputs_of())
-    assert all(entry.hits == 3 for entry in report(model).fused)
+    assert all(entry.hits == 3 for entry in fused_layers(model))
     unpatch(model)
     assert torch.equal(logits(model), logits(peft))
     remove_hook_from_module(lora_linears(model)[path])
@@ -132,7 +140,7 @@ def test_hook_on_a_child(first: str, part: str) -> None:
     torch.testing.assert_close(logits(model), logits(peft))
     found = report(model)
     if first == "patch":
-        (reason,) = {e.path: e.delegations for e in found.fused}[path]
+        (reason,) = {e.path: e.delegations for e in layers_of(found.fused)}[path]
     else:
         ((reason,),) = [entry.reasons for entry in found.not_fused]
     assert "has a forward of its own on the instance" in reason
@@ -152,8 +160,10 @@ def test_cpu_offload(first: str) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
     found = report(model)
     if first == "patch":
-        assert all(entry.hits == 0 and len(entry.delegations) == 1 for entry in found.fused)
-        assert "has a forward of its own" in next(iter(found.fused[0].delegations))
+        assert all(
+            entry.hits == 0 and len(entry.delegations) == 1 for entry in layers_of(found.fused)
+        )
+        assert "has a forward of its own" in next(iter(layers_of(found.fused)[0].delegations))
         unpatch(model)
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
     else:
@@ -169,7 +179,7 @@ def test_offload_of_whole_modules_at_a_time() -> None:
     )
     assert next(iter(lora_linears(model).values())).base_layer.weight.device.type == "meta"
     torch.testing.assert_close(logits(model), expected)
-    assert all(entry.hits == 2 and not entry.delegations for entry in report(model).fused)
+    assert all(entry.hits == 2 and not entry.delegations for entry in fused_layers(model))
 
 
 def test_wrapped_by_other_code() -> None:
@@ -192,6 +202,6 @@ def test_wrapped_by_other_code() -> None:
     inner = module.forward
     module.forward = lambda x: inner(x) + 1
     torch.testing.assert_close(module(x), expected + 1)
-    assert report(model).fused[0].hits == 2
+    assert fused_layers(model)[0].hits == 2
     unpatch(model)
     torch.testing.assert_close(module(x), expected + 1)

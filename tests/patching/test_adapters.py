@@ -16,7 +16,9 @@ from tests.patching.tiny import (
     FAMILIES,
     adapted,
     copy_of,
+    fused_layers,
     inputs_of,
+    layers_of,
     lora_linears,
     randomise,
     step_is_as_good,
@@ -50,7 +52,7 @@ def on_both(models: tuple[Any, Any], change: Callable[[Any], Any]) -> None:
 
 
 def all_fused(model: Any) -> bool:
-    return all(not entry.delegations for entry in report(model).fused)
+    return all(not entry.delegations for entry in fused_layers(model))
 
 
 def test_set_adapter() -> None:
@@ -70,7 +72,7 @@ def test_several_active_adapters(names: list[str]) -> None:
     models = both()
     on_both(models, lambda m: m.base_model.set_adapter(names))
     for _ in range(2):
-        step_is_as_good(*models, inputs_of())
+        step_is_as_good(*models, inputs_of(rows=3))
     assert all_fused(models[0])
 
 
@@ -81,7 +83,7 @@ def test_disable_adapter() -> None:
         assert torch.equal(logits(model), logits(peft))
         assert not torch.allclose(logits(model), with_adapter, atol=1e-3)
     torch.testing.assert_close(logits(model), with_adapter)
-    assert report(model).fused[0].delegations == {"adapters are disabled": 2}
+    assert fused_layers(model)[0].delegations == {"adapters are disabled": 2}
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -89,10 +91,10 @@ def test_merge_and_unmerge(safe: bool) -> None:
     models = both()
     on_both(models, lambda m: m.merge_adapter(safe_merge=safe))
     assert torch.equal(logits(models[0]), logits(models[1]))
-    assert report(models[0]).fused[0].delegations == {"adapters are merged": 1}
+    assert fused_layers(models[0])[0].delegations == {"adapters are merged": 1}
     on_both(models, lambda m: m.unmerge_adapter())
     step_is_as_good(*models, inputs_of())
-    assert report(models[0]).fused[0].hits == 1
+    assert fused_layers(models[0])[0].hits == 1
 
 
 def test_patched_while_merged() -> None:
@@ -141,7 +143,7 @@ def test_added_adapter_runs_fused() -> None:
         m.set_adapter("later")
     step_is_as_good(model, peft, inputs_of())
     assert all_fused(model)
-    assert len(report(model).fused) == 14
+    assert len(fused_layers(model)) == 14
 
 
 def test_modules_wrapped_after_patching() -> None:
@@ -151,7 +153,7 @@ def test_modules_wrapped_after_patching() -> None:
     model.set_adapter("later")
     peft = unpatch(copy_of(model))
     found = report(model)
-    assert {entry.path.rpartition(".")[2] for entry in found.fused} == {"q_proj"}
+    assert {entry.path.rpartition(".")[2] for entry in layers_of(found.fused)} == {"q_proj"}
     assert {entry.path.rpartition(".")[2] for entry in found.not_fused} == {"v_proj"}
     assert {entry.reasons for entry in found.not_fused} == {
         ("added after patch; call peftfast.patch again",)
@@ -161,7 +163,7 @@ def test_modules_wrapped_after_patching() -> None:
     assert not report(model).not_fused
     for _ in range(2):
         step_is_as_good(model, peft, inputs_of())
-    assert {entry.siblings[-1].rpartition(".")[2] for entry in report(model).fused} == {"v_proj"}
+    assert {entry.siblings[-1].rpartition(".")[2] for entry in fused_layers(model)} == {"v_proj"}
 
 
 def test_adapter_missing_from_some_modules() -> None:
@@ -173,7 +175,7 @@ def test_adapter_missing_from_some_modules() -> None:
     peft = copy_of(model)
     patch(model, strict=True)
     step_is_as_good(model, peft, inputs_of())
-    delegated = {e.path.rpartition(".")[2]: e.delegations for e in report(model).fused}
+    delegated = {e.path.rpartition(".")[2]: e.delegations for e in fused_layers(model)}
     assert delegated.pop("v_proj") == {}
     assert {tuple(d) for d in delegated.values()} == {("no active adapter on this module",)}
 
@@ -336,7 +338,7 @@ def test_variant_beside_a_plain_adapter() -> None:
     for names in ("dora", ["default", "dora"]):
         on_both((model, peft), lambda m, names=names: m.base_model.set_adapter(names))  # type: ignore[misc]
         assert torch.equal(logits(model), logits(peft))
-    entry = report(model).fused[0]
+    entry = fused_layers(model)[0]
     assert entry.hits == 1
     (reason,) = entry.delegations
     assert "DoraLinearVariant" in reason
@@ -404,7 +406,7 @@ def test_other_quantised_bases_are_reported() -> None:
     model = get_peft_model(Quantised().to("cpu"), config)
     peft = copy_of(model)
     found = report(patch(model, strict=True))
-    assert [entry.path.rpartition(".")[2] for entry in found.fused] == ["plain"]
+    assert [entry.path.rpartition(".")[2] for entry in layers_of(found.fused)] == ["plain"]
     reasons = {entry.path.rpartition(".")[2]: entry.reasons for entry in found.not_fused}
     assert reasons == {
         "eight": ("LoRA over Linear8bitLt (peft.tuners.lora.bnb.Linear8bitLt) has no fused op",),

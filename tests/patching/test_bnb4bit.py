@@ -24,7 +24,15 @@ from tests.patching.quantised import (
     qlora,
     step_is_as_good,
 )
-from tests.patching.tiny import assert_as_good, copy_of, inputs_of, randomise
+from tests.patching.tiny import (
+    assert_as_good,
+    copy_of,
+    fused_layers,
+    inputs_of,
+    layers_of,
+    left_layers,
+    randomise,
+)
 
 FLOAT, FP16 = torch.float32, torch.float16
 
@@ -51,11 +59,11 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 def all_ran_fused(model: Any) -> bool:
     found = report(model)
-    return all(e.hits and not e.delegations and not e.note for e in found.fused)
+    return all(e.hits and not e.delegations and not e.note for e in layers_of(found.fused))
 
 
 def reasons(model: Any) -> dict[str, int]:
-    return report(model).fused[0].delegations
+    return fused_layers(model)[0].delegations
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -68,11 +76,11 @@ def test_as_good_as_peft(family: str, siblings: int, dtypes: str) -> None:
     for _ in range(2):
         step_is_as_good(model, peft, inputs_of(family))
     found = report(model)
-    assert len(found.fused) == len(adapted_linears(model)) == len(linears4bit(model))
-    assert {entry.op for entry in found.fused} == {"lora_linear"}
-    assert not found.not_fused
+    assert len(layers_of(found.fused)) == len(adapted_linears(model)) == len(linears4bit(model))
+    assert {entry.op for entry in layers_of(found.fused)} == {"lora_linear"}
+    assert not left_layers(model)
     assert all_ran_fused(model)
-    assert len({entry.siblings for entry in found.fused if entry.siblings}) == siblings
+    assert len({entry.siblings for entry in layers_of(found.fused) if entry.siblings}) == siblings
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -132,8 +140,8 @@ def test_plain_linears(dtypes: str) -> None:
     own = copy_of(model)
     patch(model, strict=True)
     found = report(model)
-    assert {entry.op for entry in found.fused} == {"nf4_linear"}
-    assert [entry.path for entry in found.fused] == list(linears4bit(model))
+    assert {entry.op for entry in layers_of(found.fused)} == {"nf4_linear"}
+    assert [entry.path for entry in layers_of(found.fused)] == list(linears4bit(model))
     torch.manual_seed(0)
     embeddings = torch.randn(2, 7, 64).to(rest)
     results = []
@@ -159,7 +167,7 @@ def test_a_lone_linear(kind: Any, bias: bool) -> None:
     assert isinstance(module, kind)
     assert type(module) is not kind
     torch.testing.assert_close(module(x), expected)
-    (entry,) = report(module).fused
+    (entry,) = fused_layers(module)
     assert (entry.op, entry.hits, entry.delegations) == ("nf4_linear", 1, {})
     unpatch(module)
     assert type(module) is kind
@@ -170,7 +178,7 @@ def test_linears_that_no_adapter_is_on() -> None:
     model = qlora(lora={"target_modules": ["q_proj", "v_proj"]}, compute_dtype=FLOAT)
     peft = copy_of(model)
     patch(model, strict=True)
-    ops = {entry.path.rpartition(".")[2]: entry.op for entry in report(model).fused}
+    ops = {entry.path.rpartition(".")[2]: entry.op for entry in fused_layers(model)}
     plain = dict.fromkeys(["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "nf4_linear")
     assert ops == {"q_proj": "lora_linear", "v_proj": "lora_linear", **plain}
     for _ in range(2):
@@ -230,7 +238,7 @@ def test_a_member_whose_compute_dtype_changes_between_the_calls() -> None:
     block.k.base_layer.compute_dtype = HALF
     alone = copy_of(block.k)
     assert torch.equal(block.k(x), alone(x))
-    assert "an adapter changed" in report(model).fused[0].note
+    assert "an adapter changed" in fused_layers(model)[0].note
     assert q.shape == x.shape
 
 
@@ -251,7 +259,7 @@ def test_a_bias_written_between_the_calls() -> None:
         results.append((q, block.k(x)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
-    assert "a weight or an adapter changed" in report(model).fused[0].note
+    assert "a weight or an adapter changed" in fused_layers(model)[0].note
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -299,7 +307,7 @@ def test_compute_dtype_of_the_first_input(dtype: torch.dtype, adapted: bool) -> 
         assert [base.compute_type_is_set for base in bases] == [True, True]
         assert len({base.compute_dtype for base in bases}) == 1
     assert bases[0].compute_dtype == (None if dtype == FP16 else dtype)
-    assert report(model).fused[0].hits == 4
+    assert fused_layers(model)[0].hits == 4
 
 
 @pytest.mark.parametrize("compute", [FLOAT, HALF, FP16])
@@ -349,7 +357,7 @@ def test_autocast(dtype: torch.dtype, given: torch.dtype, adapted: bool) -> None
         assert got.dtype == expected.dtype
         assert (got - expected).abs().max() <= limit * expected.abs().max()
     assert results[0][0].dtype == given
-    assert report(model).fused[0].hits == 1
+    assert fused_layers(model)[0].hits == 1
 
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["lora", "plain"])

@@ -28,7 +28,7 @@ from tests.patching.quantised import (
     qlora,
     step_is_as_good,
 )
-from tests.patching.tiny import FAMILIES, copy_of, inputs_of, randomise
+from tests.patching.tiny import FAMILIES, copy_of, fused_layers, inputs_of, randomise
 
 TARGETS = list(FAMILIES["llama"].targets)
 
@@ -63,7 +63,7 @@ def on_both(models: tuple[Any, Any], change: Callable[[Any], Any]) -> None:
 
 
 def all_fused(model: Any) -> bool:
-    return all(not entry.delegations for entry in report(model).fused)
+    return all(not entry.delegations for entry in fused_layers(model))
 
 
 def numbers(model: Any) -> dict[str, torch.Tensor]:
@@ -121,7 +121,7 @@ def test_disable_adapter() -> None:
     with model.disable_adapter(), peft.disable_adapter():
         same(model, peft)
     same(model, peft)
-    delegated = {tuple(e.delegations) for e in report(model).fused if e.op == "lora_linear"}
+    delegated = {tuple(e.delegations) for e in fused_layers(model) if e.op == "lora_linear"}
     assert delegated == {("adapters are disabled",)}
 
 
@@ -132,12 +132,12 @@ def test_merge_and_unmerge(safe: bool) -> None:
     on_both(models, lambda m: m.merge_adapter(safe_merge=safe))
     assert equal(numbers(models[0]), numbers(models[1]))
     same(*models)
-    assert report(models[0]).fused[0].delegations == {"adapters are merged": 1}
+    assert fused_layers(models[0])[0].delegations == {"adapters are merged": 1}
     on_both(models, lambda m: m.unmerge_adapter())
     assert equal(numbers(models[0]), numbers(models[1]))
     for _ in range(2):
         step_is_as_good(*models, inputs_of())
-    assert report(models[0]).fused[0].hits == 2
+    assert fused_layers(models[0])[0].hits == 2
 
 
 def test_merge_and_unload() -> None:
@@ -150,7 +150,7 @@ def test_merge_and_unload() -> None:
         ("added after patch; call peftfast.patch again",)
     }
     patch(merged, strict=True)
-    assert {entry.op for entry in report(merged).fused} == {"nf4_linear"}
+    assert {entry.op for entry in fused_layers(merged)} == {"nf4_linear"}
     same(merged, expected)
 
 
@@ -192,7 +192,7 @@ def test_delete_and_add_adapters() -> None:
     same(*models)
     assert {e.path.rpartition(".")[2] for e in report(model).not_fused} == {"o_proj"}
     patch(model, strict=True)
-    assert {entry.op for entry in report(model).fused} == {"lora_linear"}
+    assert {entry.op for entry in fused_layers(model)} == {"lora_linear"}
     for _ in range(2):
         step_is_as_good(*models, inputs_of())
 
@@ -241,7 +241,7 @@ def test_settings(lora: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype])
     for _ in range(2):
         step_is_as_good(model, peft, inputs_of())
     assert all_fused(model)
-    assert len({entry.siblings for entry in report(model).fused if len(entry.siblings) == 3}) == 2
+    assert len({entry.siblings for entry in fused_layers(model) if len(entry.siblings) == 3}) == 2
 
 
 def test_biases_of_adapters_under_autocast() -> None:
@@ -281,7 +281,7 @@ def test_half_precision_adapters_over_a_float32_input_are_left_to_peft() -> None
     peft = copy_of(model)
     patch(model, strict=True)
     assert torch.equal(logits(model), logits(peft))
-    assert {tuple(entry.delegations) for entry in report(model).fused} == {
+    assert {tuple(entry.delegations) for entry in fused_layers(model)} == {
         ("lora_A is torch.bfloat16, the input torch.float32",)
     }
 
@@ -332,7 +332,7 @@ def test_hooks_on_bases_and_plain_linears() -> None:
         attention.o_proj.register_forward_hook(lambda m, a, y: seen.append("o"))
     same(*models)
     assert seen == ["o", "o"]
-    entries = {e.path.rpartition("layers.")[2]: e for e in report(models[0]).fused}
+    entries = {e.path.rpartition("layers.")[2]: e for e in fused_layers(models[0])}
     assert entries["0.self_attn.q_proj"].delegations == {"the base layer has hooks": 1}
     assert not entries["0.self_attn.o_proj"].delegations
 
@@ -350,7 +350,7 @@ def test_device_map(first: str) -> None:
         dispatch_model(patch(model, strict=True), {"": "cpu"}, **on_each)
     for _ in range(2):
         step_is_as_good(model, peft, inputs_of())
-    assert all(e.hits == 2 and not e.delegations for e in report(model).fused)
+    assert all(e.hits == 2 and not e.delegations for e in fused_layers(model))
     unpatch(model)
     assert torch.equal(logits(model), logits(peft))
 
@@ -403,8 +403,8 @@ def test_copies_are_patched_and_independent(how: str) -> None:
     for _ in range(2):
         logits(model)
     other = COPIES[how](model)
-    assert len(report(other).fused) == len(report(model).fused)
-    assert all(entry.hits == 0 for entry in report(other).fused)
+    assert len(fused_layers(other)) == len(fused_layers(model))
+    assert all(entry.hits == 0 for entry in fused_layers(other))
     unpatch(model)
     with torch.no_grad():
         for linear in linears4bit(model).values():
@@ -427,4 +427,4 @@ def test_casting_and_moving() -> None:
 def test_meta_input() -> None:
     module = patch(linear4bit(nn.Linear(64, 48)))
     assert module(torch.empty(2, 64, device="meta")).shape == (2, 48)
-    assert report(module).fused[0].delegations == {"the input is torch.float32 on meta": 1}
+    assert fused_layers(module)[0].delegations == {"the input is torch.float32 on meta": 1}

@@ -15,10 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peftfast.ops.nf4 import NF4Weight
-from peftfast.patching import patch, report, unpatch
+from peftfast.patching import patch, unpatch
 from peftfast.patching.state import state_of
 from tests.patching.quantised import HALF, linear4bit, linears4bit
-from tests.patching.tiny import copy_of, randomise
+from tests.patching.tiny import copy_of, fused_layers, randomise
 
 KINDS = ["lora", "plain"]
 
@@ -49,7 +49,7 @@ def fused_module(model: Any) -> Any:
 
 
 def delegations(model: Any) -> dict[str, int]:
-    return report(model).fused[0].delegations
+    return fused_layers(model)[0].delegations
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_changed_weight_is_looked_at_again(
         torch.testing.assert_close(model(x), own(x), rtol=1e-5, atol=1e-5)
     assert len(looks) == 1
     assert torch.allclose(model(x), before, atol=1e-2) is not CHANGES[change]
-    assert report(model).fused[0].hits == 4
+    assert fused_layers(model)[0].hits == 4
     assert not delegations(model)
 
 
@@ -272,7 +272,7 @@ def test_a_damaged_weight_reaches_no_op(
     damage(base_of(model).weight.quant_state)
     model(x)
     assert len(asked) == 1
-    assert report(model).fused[0].hits == 1
+    assert fused_layers(model)[0].hits == 1
     assert sum(delegations(model).values()) == 1
 
 
@@ -319,7 +319,7 @@ def test_a_lost_quant_state_comes_back(loss: Callable[[Any], None], kind: str) -
     assert base_of(model).weight is lost
     assert getattr(lost, "quant_state", None) is None
     torch.testing.assert_close(model(x), own(x))
-    assert report(model).fused[0].hits == 1
+    assert fused_layers(model)[0].hits == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -383,7 +383,7 @@ def test_a_patched_layer_is_not_repacked(kind: str) -> None:
     torch.testing.assert_close(model(x), own(x), rtol=1e-2, atol=1e-2)
     assert base_of(model).weight.data.data_ptr() == weight.data_ptr()
     assert not getattr(base_of(model).weight.quant_state, "packing_format_for_cpu", False)
-    assert report(model).fused[0].hits == 1
+    assert fused_layers(model)[0].hits == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -404,7 +404,7 @@ def test_a_weight_that_was_repacked(kind: str) -> None:
     for m in (model, own):
         base_of(m).state_dict()
     torch.testing.assert_close(model(x), own(x), rtol=1e-2, atol=1e-2)
-    assert report(model).fused[0].hits == 1
+    assert fused_layers(model)[0].hits == 1
 
 
 def test_disabled_adapters_repack_as_bitsandbytes_does() -> None:

@@ -32,7 +32,16 @@ from tests.patching.quantised import (
     step_is_as_good,
 )
 from tests.patching.test_training import Sentences
-from tests.patching.tiny import VOCAB, adapted, copy_of, inputs_of, randomise, train_step
+from tests.patching.tiny import (
+    VOCAB,
+    adapted,
+    copy_of,
+    fused_layers,
+    inputs_of,
+    layers_of,
+    randomise,
+    train_step,
+)
 
 FLOAT = torch.float32
 STEPS = 30
@@ -82,8 +91,8 @@ def test_trainer_on_llama(compute: torch.dtype, tmp_path: Path) -> None:
     losses = {name: losses_of(m, Sentences(), tmp_path) for name, m in jobs.items()}
     assert_losses_as_good(losses["patched"], losses["plain"], losses["exact"])
     found = report(model)
-    assert all(entry.hits == STEPS and not entry.delegations for entry in found.fused)
-    assert len({entry.siblings for entry in found.fused if entry.siblings}) == 4
+    assert all(entry.hits == STEPS and not entry.delegations for entry in layers_of(found.fused))
+    assert len({entry.siblings for entry in layers_of(found.fused) if entry.siblings}) == 4
 
     with torch.no_grad():
         logits = {name: m.eval()(**inputs_of()).logits for name, m in jobs.items()}
@@ -133,7 +142,7 @@ def test_trainer_on_minilm(minilm: Any, tmp_path: Path) -> None:
     }
     assert_losses_as_good(losses["patched"], losses["plain"], losses["exact"])
     found = report(model)
-    assert all(entry.hits == STEPS and not entry.delegations for entry in found.fused)
+    assert all(entry.hits == STEPS and not entry.delegations for entry in layers_of(found.fused))
     model.save_pretrained(tmp_path / "patched")
     merged = PeftModel.from_pretrained(peft.unload(), tmp_path / "patched").eval()
     batch = collator(data[:4])
@@ -159,7 +168,7 @@ def test_checkpointing(compute: torch.dtype, reentrant: bool) -> None:
     checkpointed(patch(model, strict=True), reentrant)
     for _ in range(4):
         step_is_as_good(model, peft, inputs_of())
-    found = report(model).fused
+    found = fused_layers(model)
     assert {entry.hits for entry in found} - {4} == {8}  # forward and recomputation
     assert len({entry.siblings for entry in found if entry.siblings}) == 4
 
@@ -256,7 +265,7 @@ def test_one_graph_of_fused_ops(
     assert sum("peftfast.lora_linear" in op for op in ops) == 2
     assert sum("peftfast.nf4_linear" in op for op in ops) == 2
     assert not any("bitsandbytes" in op for op in ops)
-    assert {entry.hits for entry in report(model).fused} == {2 if seen else 0}
+    assert {entry.hits for entry in fused_layers(model)} == {2 if seen else 0}
 
 
 def test_compiled_models_follow_changes(fresh_compiler: None) -> None:
@@ -338,9 +347,9 @@ def test_generate(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         if compute == FLOAT:
             assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     found = report(model)
-    assert all(entry.hits and not entry.delegations for entry in found.fused)
-    assert {len(entry.siblings) for entry in found.fused} == {0, 2, 3}
-    assert not any(entry.note for entry in found.fused)
+    assert all(entry.hits and not entry.delegations for entry in layers_of(found.fused))
+    assert {len(entry.siblings) for entry in layers_of(found.fused)} == {0, 2, 3}
+    assert not any(entry.note for entry in layers_of(found.fused))
 
 
 def test_unpatched_in_between() -> None:
@@ -360,6 +369,6 @@ def test_a_dense_model_beside_it() -> None:
     patch(quantised)
     for model in (other, dense):
         before = [type(m) for m in model.modules()]
-        assert not report(model).fused
+        assert not fused_layers(model)
         model(**inputs_of())
         assert [type(m) for m in model.modules()] == before

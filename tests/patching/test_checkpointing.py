@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from peftfast.patching import patch, report, unpatch
+from peftfast.patching import patch, unpatch
 from peftfast.patching.state import state_of
-from tests.patching.tiny import adapted, copy_of, inputs_of, step_is_as_good, train_step
+from tests.patching.tiny import (
+    adapted,
+    copy_of,
+    fused_layers,
+    inputs_of,
+    step_is_as_good,
+    train_step,
+)
 
 MODES = {"reentrant": True, "non-reentrant": False}
 
@@ -28,7 +35,7 @@ def groups_of(model: Any) -> set[Any]:
 
 
 def groups(model: Any) -> set[tuple[str, ...]]:
-    return {entry.siblings for entry in report(model).fused if entry.siblings}
+    return {entry.siblings for entry in fused_layers(model) if entry.siblings}
 
 
 @pytest.mark.parametrize("reentrant", MODES.values(), ids=MODES)
@@ -39,7 +46,7 @@ def test_as_good_as_peft(family: str, reentrant: bool) -> None:
     checkpointed(patch(model, strict=True), reentrant)
     for _ in range(4):
         step_is_as_good(model, peft, inputs_of(family))
-    hits = {entry.hits for entry in report(model).fused}
+    hits = {entry.hits for entry in fused_layers(model)}
     assert hits <= {4, 8}  # forward and recomputation
     assert 8 in hits
 
@@ -108,7 +115,7 @@ def test_given_up_between_forward_and_recomputation(reentrant: bool) -> None:
         attention.k_proj.register_forward_hook(lambda *_, s=scaling: s.update(default=1.5))
         torch.manual_seed(0)
         results.append(train_step(m, inputs_of()))
-        assert "an adapter changed" in report(m).fused[0].note
+        assert "an adapter changed" in fused_layers(m)[0].note
         assert len(groups(m)) == 3
         torch.manual_seed(0)
         results.append(train_step(m, inputs_of()))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from peftfast.patching import patch, report
-from tests.patching.tiny import adapted, copy_of, inputs_of, lora_linears, train_step
+from peftfast.patching import patch
+from tests.patching.tiny import adapted, copy_of, fused_layers, inputs_of, lora_linears, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_one_graph_and_no_recompilation(seen: bool) -> None:
             for module in [*lora_linears(model).values(), *lora_linears(peft).values()]:
                 module.lora_B["default"].weight.mul_(1.01)
     assert counter.frame_count == 1
-    hits = {entry.hits for entry in report(model).fused}
+    hits = {entry.hits for entry in fused_layers(model)}
     assert hits == ({2} if seen else {0})  # compiled calls are not counted
     assert torch.allclose(model(**inputs_of()).logits, peft(**inputs_of()).logits, atol=1e-5)
 
@@ -52,7 +52,7 @@ def test_calls_left_to_peft_are_one_graph_too() -> None:
         for _ in range(3):
             compiled(**inputs_of())
     assert counter.frame_count == 1
-    assert all(not entry.delegations for entry in report(model).fused)
+    assert all(not entry.delegations for entry in fused_layers(model))
 
 
 def test_dropout_draws_new_masks_in_one_graph() -> None:

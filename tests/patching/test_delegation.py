@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftfast.ops import ImplUnavailable
 from peftfast.patching import patch, report
-from tests.patching.tiny import VOCAB, adapted, copy_of, inputs_of, lora_linears
+from tests.patching.tiny import VOCAB, adapted, copy_of, fused_layers, inputs_of, lora_linears
 
 
 def pair(**settings: Any) -> tuple[Any, Any]:
@@ -24,7 +24,7 @@ def pair(**settings: Any) -> tuple[Any, Any]:
 
 
 def reasons(module: nn.Module) -> dict[str, int]:
-    return report(module).fused[0].delegations
+    return fused_layers(module)[0].delegations
 
 
 def breaks_parametrization(m: Any) -> None:
@@ -129,7 +129,7 @@ def test_hooks_removed_again() -> None:
     fused(torch.randn(2, 32))
     handle.remove()
     fused(torch.randn(2, 32))
-    assert report(fused).fused[0].hits == 1
+    assert fused_layers(fused)[0].hits == 1
 
 
 def test_extra_arguments() -> None:

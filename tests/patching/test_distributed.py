@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from peftfast.patching import patch, report, unpatch
-from tests.patching.tiny import adapted, copy_of, inputs_of, lora_linears
+from peftfast.patching import patch, unpatch
+from tests.patching.tiny import adapted, copy_of, fused_layers, inputs_of, lora_linears
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def groups(model: Any) -> int:
-    return len({entry.siblings for entry in report(model).fused if entry.siblings})
+    return len({entry.siblings for entry in fused_layers(model) if entry.siblings})
 
 
 @pytest.mark.parametrize("first", ["patch", "wrap"])
@@ -55,7 +55,7 @@ def test_ddp(first: str) -> None:
     for _ in range(3):
         same(step(wrapped, model), step(peft, peft))
     assert groups(model) == 4
-    assert all(not entry.delegations for entry in report(model).fused)
+    assert all(not entry.delegations for entry in fused_layers(model))
 
 
 @pytest.mark.parametrize("first", ["patch", "shard"])
@@ -69,11 +69,11 @@ def test_fsdp_of_blocks(first: str) -> None:
     fully_shard(model)
     if first == "shard":
         patch(model, strict=True)
-        assert "sharded" in report(model).fused[0].note
+        assert "sharded" in fused_layers(model)[0].note
     for _ in range(3):
         same(step(model, model), step(peft, peft))
     assert groups(model) == 4
-    assert all(not entry.delegations for entry in report(model).fused)
+    assert all(not entry.delegations for entry in fused_layers(model))
 
 
 def test_fsdp_of_every_linear() -> None:
@@ -87,7 +87,19 @@ def test_fsdp_of_every_linear() -> None:
     for _ in range(3):
         same(step(model, model), step(peft, peft))
     assert groups(model) == 0
-    assert all(entry.hits == 3 and not entry.note for entry in report(model).fused)
+    assert all(entry.hits == 3 and not entry.note for entry in fused_layers(model))
     with pytest.warns(UserWarning, match="FSDPFusedLoraLinear was derived"):
         unpatch(model)
     same(step(model, model), step(peft, peft))
+
+
+@pytest.mark.parametrize("settings", [{"find_unused_parameters": True}, {"static_graph": True}])
+def test_ddp_that_scans_the_outputs(settings: dict[str, bool]) -> None:
+    """Logits whose values nobody has asked for pass through it."""
+    model = adapted()
+    peft = copy_of(model)
+    wrapped = DistributedDataParallel(patch(model), **settings)
+    for _ in range(3):
+        same(step(wrapped, model), step(peft, peft))
+    output = wrapped(**inputs_of())
+    torch.testing.assert_close(output.logits + 0, peft(**inputs_of()).logits)

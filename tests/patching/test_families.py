@@ -10,7 +10,9 @@ from tests.patching.tiny import (
     FAMILIES,
     adapted,
     copy_of,
+    fused_layers,
     inputs_of,
+    layers_of,
     lora_linears,
     step_is_as_good,
 )
@@ -29,9 +31,9 @@ def test_adapter_gradients_and_the_way_back(family: str) -> None:
     for _ in range(3):  # alone, observed, as siblings
         step_is_as_good(model, peft, inputs)
     found = report(model)
-    assert len(found.fused) == FAMILIES[family].modules
-    assert all(entry.hits == 3 and not entry.delegations for entry in found.fused)
-    groups = {entry.siblings for entry in found.fused if entry.siblings}
+    assert len(layers_of(found.fused)) == FAMILIES[family].modules
+    assert all(entry.hits == 3 and not entry.delegations for entry in layers_of(found.fused))
+    groups = {entry.siblings for entry in layers_of(found.fused) if entry.siblings}
     assert len(groups) == FAMILIES[family].siblings
 
     assert unpatch(model) is model
@@ -62,7 +64,7 @@ def test_triton_kernels(family: str) -> None:
     patch(model, impl="triton", strict=True, verify=False)
     for _ in range(2):
         step_is_as_good(model, peft, inputs)
-    assert all(entry.hits == 2 and not entry.delegations for entry in report(model).fused)
+    assert all(entry.hits == 2 and not entry.delegations for entry in fused_layers(model))
 
 
 def test_half_precision_base_with_float32_adapters() -> None:
@@ -75,7 +77,7 @@ def test_half_precision_base_with_float32_adapters() -> None:
     patch(model, strict=True)
     for _ in range(2):
         step_is_as_good(model, peft, inputs_of("qwen2"))
-    assert all(not entry.delegations for entry in report(model).fused)
+    assert all(not entry.delegations for entry in fused_layers(model))
 
 
 def test_moe_experts_are_reported() -> None:

@@ -14,7 +14,16 @@ from torch import nn
 
 from peftfast.ops import ImplUnavailable
 from peftfast.patching import patch, report, unpatch
-from tests.patching.tiny import adapted, copy_of, inputs_of, lora_linears, total_hits
+from tests.patching.tiny import (
+    adapted,
+    copy_of,
+    fused_layers,
+    inputs_of,
+    layers_of,
+    left_layers,
+    lora_linears,
+    total_hits,
+)
 
 
 def anatomy(model: nn.Module) -> dict[str, Any]:
@@ -29,18 +38,31 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def test_only_class_and_one_attribute_change() -> None:
+def test_only_classes_configs_records_and_the_owner_of_the_head_change() -> None:
     model = adapted()
     before, keys = anatomy(model), list(model.state_dict())
+    classes = {path: type(module) for path, module in model.named_modules()}
+    configs = {path: vars(module).get("config") for path, module in model.named_modules()}
     patch(model)
     after = anatomy(model)
     assert list(model.state_dict()) == keys
+    for path, module in model.named_modules():
+        assert isinstance(module, classes[path])
+        record = after.pop(f"{path}:_peftfast", None) or after.pop(f"{path}:_peftfast_head", None)
+        if record is None:
+            continue
+        attention = path.endswith("self_attn")
+        assert (type(module) is classes[path]) is attention
+        after[path] = (id(module), classes[path], module.training)
+        if attention:
+            assert isinstance(module.config, type(configs[path]))
+            assert vars(module.config) is vars(configs[path])
+            after[f"{path}:config"] = before[f"{path}:config"]
+    changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
+    assert {name.partition(":")[0] for name in changed} == {"base_model.model"}
+    assert all("_forward_" in name for name in changed)
     for path, module in lora_linears(model).items():
-        assert isinstance(module, lora.Linear)
-        assert type(module) is not lora.Linear
-        del after[f"{path}:_peftfast"]
-        after[path] = (id(module), lora.Linear, module.training)
-    assert after == before
+        assert type(module) is not lora.Linear, path
     unpatch(model)
     assert anatomy(model) == before
 
@@ -69,14 +91,14 @@ def test_one_model_of_two() -> None:
     assert lora.Linear.forward is forward
     assert anatomy(other) == untouched
     assert all(type(module) is lora.Linear for module in lora_linears(other).values())
-    assert not report(other).fused
+    assert not fused_layers(other)
 
 
 def test_part_of_a_model() -> None:
     model = adapted()
     layer = model.base_model.model.model.layers[0]
     patch(layer)
-    fused = {entry.path for entry in report(model).fused}
+    fused = {entry.path for entry in fused_layers(model)}
     assert len(fused) == 7
     assert all(".layers.0." in path for path in fused)
     model(**inputs_of())
@@ -89,7 +111,7 @@ def test_a_lone_module() -> None:
     expected = module(x)
     patch(module)
     torch.testing.assert_close(module(x), expected)
-    assert report(module).fused[0].hits == 1
+    assert fused_layers(module)[0].hits == 1
 
 
 @pytest.mark.parametrize(
@@ -105,12 +127,19 @@ def test_a_lone_module() -> None:
 @pytest.mark.filterwarnings("ignore:nothing was fused")
 def test_exclude(exclude: Any, left: int) -> None:
     model = patch(adapted(), exclude=exclude)
-    found = report(model)
-    assert len(found.not_fused) == left
-    assert len(found.fused) == 14 - left
-    assert all("excluded by" in entry.reasons[0] for entry in found.not_fused)
+    found, left_out = report(model), left_layers(model)
+    assert len(left_out) == left
+    assert len(layers_of(found.fused)) == 14 - left
+    assert all("excluded by" in entry.reasons[0] for entry in left_out)
+    others = [entry for entry in found.not_fused if entry not in left_out]
+    if left == 14:
+        why = {reason for entry in others for reason in entry.reasons}
+        assert "no LoRA layer around is fused" in why
+        assert not found.fused
+    else:
+        assert all("excluded by" in entry.reasons[0] for entry in others)
     patch(model)  # without: takes them too
-    assert len(report(model).fused) == 14
+    assert len(fused_layers(model)) == 14
     patch(model, exclude=exclude)  # and back
     assert report(model).not_fused == found.not_fused
     unpatch(model)
@@ -123,14 +152,14 @@ def test_reasons_are_of_the_last_call() -> None:
     patch(model, exclude=[path])
     module.base_layer.register_forward_hook(lambda *_: None)
     patch(model)
-    (left,) = report(model).not_fused
+    (left,) = left_layers(model)
     assert left.reasons == ("the base layer has hooks",)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"exclude": ["q_proj", "no_such"]}, ValueError, "'no_such' matches none of the 14"),
+        ({"exclude": ["q_proj", "no_such"]}, ValueError, "'no_such' matches none of the 26"),
         ({"exclude": ["proj"]}, ValueError, "'proj' matches none"),
         ({"exclude": "q_proj"}, TypeError, "exclude is a str"),
         ({"exclude": 3}, TypeError, "exclude is a int"),
@@ -156,9 +185,9 @@ def test_not_a_module(function: Any) -> None:
 
 def test_impl_is_the_ones_asked_for_last() -> None:
     model = patch(adapted(), impl="reference")
-    assert {entry.impl for entry in report(model).fused} == {"reference"}
+    assert {entry.impl for entry in fused_layers(model)} == {"reference"}
     patch(model)
-    assert {entry.impl for entry in report(model).fused} == {"auto"}
+    assert {entry.impl for entry in fused_layers(model)} == {"auto"}
 
 
 def test_impl_reaches_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +211,7 @@ def test_nothing_to_fuse(make: Any) -> None:
     before = anatomy(model)
     with pytest.warns(UserWarning, match="nothing was fused"):
         assert patch(model) is model
-    assert not report(model).fused
+    assert not fused_layers(model)
     with pytest.raises(RuntimeError, match="strict: nothing was fused"):
         patch(model, strict=True)
     assert anatomy(model) == before
@@ -203,7 +232,7 @@ def test_strict_names_what_stands_in_the_way() -> None:
     assert len(str(caught.value).splitlines()) == 3
 
     patch(model, strict=True, exclude=[hooked, replaced])  # left out on purpose
-    assert len(report(model).fused) == 12
+    assert len(fused_layers(model)) == 12
 
 
 def test_strict_does_not_ask_for_the_impossible() -> None:
@@ -211,7 +240,7 @@ def test_strict_does_not_ask_for_the_impossible() -> None:
     model = adapted("llama", target_modules=["q_proj", "embed_tokens"])
     patch(model, strict=True)
     found = report(model)
-    assert len(found.fused) == 2
+    assert len(layers_of(found.fused)) == 2
     assert [entry.type for entry in found.not_fused] == ["peft.tuners.lora.layer.Embedding"]
 
 
@@ -247,7 +276,7 @@ def test_unknown_subclass_is_not_fused() -> None:
     peft = copy_of(model)
     patch(model)
     assert type(module) is Other
-    (left,) = report(model).not_fused
+    (left,) = [e for e in report(model).not_fused if e.path == path]
     assert left.path == path
     assert "subclass of peft's lora.Linear" in left.reasons[0]
     torch.testing.assert_close(model(**inputs_of()).logits, peft(**inputs_of()).logits)
@@ -274,10 +303,10 @@ def test_class_derived_afterwards_by_other_code() -> None:
     x = torch.randn(2, module.in_features)
     expected = lora.Linear.forward(module, x)
     torch.testing.assert_close(module(x), expected)
-    assert report(model).fused[0].hits == 1
+    assert fused_layers(model)[0].hits == 1
     with pytest.warns(UserWarning, match="Derived was derived"):
         unpatch(model)
-    assert not report(model).fused
+    assert not fused_layers(model)
     assert torch.equal(module(x), expected)
 
 
@@ -297,7 +326,7 @@ def test_multihead_attention_is_not_called_through_its_projection() -> None:
     peft = copy_of(model)
     patch(model, strict=True)
     found = report(model)
-    assert [entry.path.rpartition(".")[2] for entry in found.fused] == ["up"]
+    assert [entry.path.rpartition(".")[2] for entry in layers_of(found.fused)] == ["up"]
     reasons = {entry.path.rpartition(".")[2]: entry.reasons[0] for entry in found.not_fused}
     assert "never calls it" in reasons["out_proj"]
     x = torch.randn(2, 3, 16)

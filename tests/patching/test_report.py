@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peftfast.patching import FusedModule, NotFusedModule, PatchReport, patch, report
-from tests.patching.tiny import adapted, inputs_of, lora_linears
+from tests.patching.tiny import adapted, inputs_of, layers_of, lora_linears
 
 
 def example() -> PatchReport:
@@ -29,10 +29,12 @@ def test_as_data() -> None:
     base = "base_model.model.model.layers.0.self_attn."
     pair = (base + "q_proj", base + "k_proj")
     assert found.fused[0] == FusedModule(
-        path=base + "q_proj", op="lora_linear", impl="auto", siblings=pair, hits=2,
+        path=base + "q_proj", op="lora_linear", impl="auto", memory="recompute", siblings=pair,
+        hits=2,
         delegations={"adapters are disabled": 1}, note="",
     )  # fmt: skip
-    assert {entry.path for entry in found.fused if not entry.siblings} == {base + "o_proj"}
+    alone = {entry.path for entry in layers_of(found.fused) if not entry.siblings}
+    assert alone == {base + "o_proj"}
     reasons = {entry.path.rpartition("model.")[2]: entry.reasons for entry in found.not_fused}
     assert reasons == {
         "embed_tokens": ("LoRA over Embedding (peft.tuners.lora.layer.Embedding) has no fused op",),
@@ -53,7 +55,7 @@ def test_to_dict_is_plain() -> None:
 def test_as_text() -> None:
     text = str(example())
     assert "\x1b" not in text
-    assert "fused (5)" in text
+    assert "fused (16), memory='recompute'" in text
     assert "not fused (2)" in text
     (row,) = [line.split() for line in text.splitlines() if "layers.*.self_attn.q_proj" in line]
     siblings = ["q_proj", "+", "k_proj"]
@@ -67,7 +69,7 @@ def test_as_text() -> None:
     ]
     assert "layers.0.self_attn.o_proj" in text
     assert "excluded by 'layers.1.self_attn.o_proj'" in text
-    assert max(map(len, text.splitlines())) <= 140
+    assert max(map(len, text.splitlines())) <= 160
 
 
 def test_text_of_odd_paths_and_models() -> None:
@@ -84,7 +86,7 @@ def test_text_of_odd_paths_and_models() -> None:
 def test_before_patching() -> None:
     found = report(adapted())
     assert not found.fused
-    assert {entry.reasons for entry in found.not_fused} == {("peftfast.patch was not called",)}
+    assert all("peftfast.patch was not called" in "".join(e.reasons) for e in found.not_fused)
 
 
 def test_reporting_changes_nothing() -> None:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from peftfast.patching import patch, report
 from peftfast.patching.state import state_of
 from tests.patching.attention import Counted, attention, block, group_of, observed, same, waiting
-from tests.patching.tiny import adapted, copy_of, inputs_of, lora_linears, randomise
+from tests.patching.tiny import (
+    adapted,
+    copy_of,
+    fused_layers,
+    inputs_of,
+    layers_of,
+    lora_linears,
+    randomise,
+)
 
 
 def test_learned_at_the_first_forward(calls: Counted) -> None:
@@ -24,7 +32,7 @@ def test_learned_at_the_first_forward(calls: Counted) -> None:
     assert calls.take() == (4, 0)
     same(model, peft, x)
     assert calls.take() == (1, 1)
-    found = {entry.path[-1]: [p[-1] for p in entry.siblings] for entry in report(model).fused}
+    found = {entry.path[-1]: [p[-1] for p in entry.siblings] for entry in fused_layers(model)}
     assert found == {"q": ["q", "k", "v"], "k": ["q", "k", "v"], "v": ["q", "k", "v"], "o": []}
     assert [state_of(getattr(block(model), n)).shared for n in "qkvo"] == [0, 1, 1, 0]
     assert waiting(model) == 0
@@ -212,7 +220,7 @@ def test_given_up_for_good(calls: Counted) -> None:
     for _ in range(3):
         same(model, peft, x)
     assert calls.take() == (12, 0)
-    notes = {entry.path[-1]: entry.note for entry in report(model).fused}
+    notes = {entry.path[-1]: entry.note for entry in fused_layers(model)}
     assert "siblings given up: a weight or an adapter changed" in notes["q"]
     assert "siblings" not in notes["o"]
 
@@ -351,6 +359,6 @@ def test_in_families_every_group_is_used(family: str, calls: Counted) -> None:
     model(**inputs_of(family))
     alone, grouped = calls.take()
     found = report(model)
-    groups = {entry.siblings for entry in found.fused if entry.siblings}
+    groups = {entry.siblings for entry in layers_of(found.fused) if entry.siblings}
     assert grouped == len(groups) > 0
     assert alone == len(lora_linears(model)) - sum(len(group) for group in groups)

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from peftfast.patching import patch, report
-from tests.patching.tiny import VOCAB, adapted, copy_of, inputs_of
+from tests.patching.tiny import VOCAB, adapted, copy_of, inputs_of, layers_of
 
 
 class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -51,8 +51,8 @@ def test_trainer(checkpointing: bool | None, tmp_path: Path) -> None:
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-2, atol=1e-3)
     found = report(model)
-    assert len({entry.siblings for entry in found.fused if entry.siblings}) == 4
-    assert all(entry.hits >= 10 and not entry.delegations for entry in found.fused)
+    assert len({entry.siblings for entry in layers_of(found.fused) if entry.siblings}) == 4
+    assert all(entry.hits >= 10 and not entry.delegations for entry in layers_of(found.fused))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
@@ -69,5 +69,5 @@ def test_generate(family: str, beams: int) -> None:
             model.generate(**inputs, **settings), peft.generate(**inputs, **settings)
         )
     found = report(model)
-    assert all(entry.hits and not entry.delegations for entry in found.fused)
-    assert not any("given up" in entry.note for entry in found.fused)
+    assert all(entry.hits and not entry.delegations for entry in layers_of(found.fused))
+    assert not any("given up" in entry.note for entry in layers_of(found.fused))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftfast.patching import lora_call, patch, report
-from tests.patching.tiny import adapted, lora_linears
+from tests.patching.tiny import adapted, fused_layers, layers_of, lora_linears
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def test_a_module_that_differs_is_left_alone(broken_op: None) -> None:
     found = report(model)
     assert {entry.path.rpartition(".")[2] for entry in found.not_fused} == {"down_proj"}
     assert all("differs from PEFT's" in entry.reasons[0] for entry in found.not_fused)
-    assert all(not entry.note for entry in found.fused)
+    assert all(not entry.note for entry in layers_of(found.fused))
 
 
 def test_strict_raises_where_one_differs(broken_op: None) -> None:
     model = adapted()
     with pytest.raises(RuntimeError, match="down_proj: its output differs"):
         patch(model, strict=True)
-    assert not report(model).fused
+    assert not fused_layers(model)
 
 
 def test_zero_b_hides_nothing(broken_op: None) -> None:
@@ -52,15 +52,15 @@ def test_zero_b_hides_nothing(broken_op: None) -> None:
 
 def test_without_verify_nothing_is_compared(broken_op: None) -> None:
     found = report(patch(adapted(), verify=False))
-    assert len(found.fused) == 14
-    assert all("verify=False" in entry.note for entry in found.fused)
+    assert len(layers_of(found.fused)) == 14
+    assert all("verify=False" in entry.note for entry in layers_of(found.fused))
 
 
 def test_meta_parameters_cannot_be_compared() -> None:
     model = adapted().to("meta")
     found = report(patch(model))
-    assert len(found.fused) == 14
-    assert all("meta device" in entry.note for entry in found.fused)
+    assert len(layers_of(found.fused)) == 14
+    assert all("meta device" in entry.note for entry in layers_of(found.fused))
 
 
 def test_fake_parameters_cannot_be_compared() -> None:
@@ -69,20 +69,20 @@ def test_fake_parameters_cannot_be_compared() -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(mode.from_tensor(parameter.data)))
-    assert all("fake tensors" in entry.note for entry in report(patch(model)).fused)
+    assert all("fake tensors" in entry.note for entry in fused_layers(patch(model)))
     path, module = next(iter(lora_linears(model).items()))
     with mode:
         y = module(torch.empty(2, 5, module.in_features))
     assert y.shape == (2, 5, module.out_features)
-    assert {entry.path: entry.hits for entry in report(model).fused}[path] == 1
+    assert {entry.path: entry.hits for entry in fused_layers(model)}[path] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_rounding_is_no_difference(family: str, dtype: torch.dtype) -> None:
     found = report(patch(adapted(family, lora_bias=True).to(dtype), strict=True))
-    assert found.fused
-    assert all(not entry.note for entry in found.fused)
+    assert layers_of(found.fused)
+    assert all(not entry.note for entry in layers_of(found.fused))
 
 
 def test_merged_and_disabled_models_are_compared_all_the_same(broken_op: None) -> None:
@@ -101,5 +101,5 @@ def test_weights_that_are_not_finite_are_no_reason_to_refuse() -> None:
     with torch.no_grad():
         module.base_layer.weight[0, 0] = float("nan")
     found = report(patch(model))
-    assert len(found.fused) == 14
-    assert "not finite" in found.fused[0].note
+    assert len(layers_of(found.fused)) == 14
+    assert "not finite" in layers_of(found.fused)[0].note

@@ -211,7 +211,36 @@ def step_is_as_good(model: Any, peft: Any, inputs: dict[str, Tensor]) -> None:
     assert_as_good(train_step(model, inputs), train_step(peft, inputs), exact)
 
 
-def total_hits(model: nn.Module) -> int:
+LAYER_OPS = ("lora_linear", "nf4_linear")
+
+
+def layers_of(entries: Any) -> list[Any]:
+    """Of a report's fused modules those that are layers, not parts around them."""
+    return [entry for entry in entries if entry.op in LAYER_OPS]
+
+
+def fused_layers(model: nn.Module) -> list[Any]:
     from peftfast.patching import report
 
-    return sum(entry.hits for entry in report(model).fused)
+    return layers_of(report(model).fused)
+
+
+def left_layers(model: nn.Module) -> list[Any]:
+    """Of a report's modules that are not fused those that are layers."""
+    from peftfast.patching import report
+
+    return [
+        entry
+        for entry in report(model).not_fused
+        if entry.type.startswith(("peft.", "bitsandbytes.", "peftfast.patching.bnb_linear4bit"))
+    ]
+
+
+def fused_parts(model: nn.Module) -> list[Any]:
+    from peftfast.patching import report
+
+    return [entry for entry in report(model).fused if entry.op not in LAYER_OPS]
+
+
+def total_hits(model: nn.Module) -> int:
+    return sum(entry.hits for entry in fused_layers(model))
