@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks list | run | traffic | plot | readme | gpu`."""
+"""The command line: `python -m benchmarks list | run | traffic | saved | plot | readme | gpu`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def _parser() -> argparse.ArgumentParser:
     traffic.add_argument("--json", metavar="FILE", help="write the report as JSON; - is stdout")
     traffic.add_argument("--record", action="store_true", help="append rows to the results folder")
 
+    saved = commands.add_parser("saved", help="count what a forward keeps for its backward")
+    saved.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    saved.add_argument("--json", metavar="FILE", help="write the rows as JSON; - is stdout")
+    saved.add_argument("--quick", action="store_true", help="LoRA only, without compiled cases")
+    saved.add_argument("--record", action="store_true", help="append rows to the results folder")
+
     run = commands.add_parser("run", help="measure time and memory on a device")
     run.add_argument("names", nargs="+", metavar="NAME")
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -30,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu = commands.add_parser("gpu", help="GPU tests, then the benchmarks, in under 9 minutes")
     gpu.add_argument("--budget", type=float, default=520.0, metavar="SECONDS")
 
-    for command in (traffic, run, gpu):
+    for command in (traffic, saved, run, gpu):
         command.add_argument("--results", type=Path, metavar="FOLDER", help="where rows are kept")
 
     commands.add_parser("plot", help="draw the recorded rows")
@@ -68,6 +74,18 @@ def _run(arguments: argparse.Namespace) -> int:
     )
 
 
+def _saved(arguments: argparse.Namespace) -> int:
+    from benchmarks.commands import count_saved
+
+    return count_saved(
+        device=arguments.device,
+        json_path=arguments.json,
+        quick=arguments.quick,
+        results=arguments.results,
+        record=arguments.record,
+    )
+
+
 def _gpu(arguments: argparse.Namespace) -> int:
     from benchmarks.gpu import run_gpu
 
@@ -90,6 +108,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "list": _list,
     "traffic": _traffic,
     "run": _run,
+    "saved": _saved,
     "gpu": _gpu,
     "plot": _plot,
     "readme": _readme,

@@ -182,6 +182,40 @@ def run_timed(
     return int(failed)
 
 
+def count_saved(
+    *, device: str | None, json_path: str | None, quick: bool, results: Path | None, record: bool
+) -> int:
+    """Counts what a forward keeps; 1 if a target is missed or results are wrong, 2 if the call is
+    wrong.
+    """
+    from benchmarks import saved
+
+    out = console(to_stderr=json_path == "-")
+    try:
+        where = _device(device)
+        chosen = saved.cases()
+        if quick:
+            chosen = [case for case in chosen if case.method == "lora" and not case.compiled]
+        rows = list(saved.report(chosen, where, _progress("saved")))
+    except BenchmarkError as error:
+        out.print(f"saved: {error}", style="bold red")
+        return 2
+    except GateFailed as error:
+        out.print(f"saved: {error}", style="bold red")
+        return 1
+    stamp = provenance(where)
+    full = [{"benchmark": "saved", **row, "provenance": stamp} for row in rows]
+    header = ["variant", "configuration", "units saved", "units alive"]
+    show(out, "bytes kept for the backward", header, [saved.cells(row) for row in full])
+    targets = saved.targets(rows)
+    _show_targets(out, targets)
+    _write_json({"rows": full, "targets": [target.as_dict() for target in targets]}, json_path)
+    if record:
+        for path in records.append(full, results or records.RESULTS):
+            out.print(f"recorded: {path}")
+    return int(not all(target.met for target in targets))
+
+
 def _device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,6 +7,7 @@ step, or a part of one, as training does.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,7 +22,9 @@ from peftfast.memory.storages import storages
 Step = Callable[[], object]
 
 
-def saved_bytes(step_fn: Step, exclude: nn.Module | Iterable[Tensor] = ()) -> int:
+def saved_bytes(
+    step_fn: Step, exclude: nn.Module | Iterable[Tensor] = (), *, at_end: bool = False
+) -> int:
     """The most bytes that autograd keeps for the backward at any moment of `step_fn()`.
 
     After a forward alone that is what the forward saved; a step that goes on to its backward frees
@@ -30,6 +33,8 @@ def saved_bytes(step_fn: Step, exclude: nn.Module | Iterable[Tensor] = ()) -> in
     Args:
         step_fn: runs the forward, and the backward too if that is to be seen.
         exclude: what is not to be counted: a module's parameters and buffers, or tensors.
+        at_end: give what is kept when `step_fn` has returned, rather than the most at any moment.
+            What it returns counts as still there, with all that its graph keeps.
 
     Returns:
         Bytes, on all devices together. Not seen: tensors that a custom `autograd.Function` stores
@@ -47,8 +52,11 @@ def saved_bytes(step_fn: Step, exclude: nn.Module | Iterable[Tensor] = ()) -> in
         return _Saved(tensor, kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        step_fn()
-    return kept.peak
+        held = step_fn()
+        gc.collect()  # under hooks, a node that saves its own output is in a cycle
+        now = kept.now
+        del held
+    return now if at_end else kept.peak
 
 
 def peak_bytes(step_fn: Step, device: torch.device | str | None = None) -> int:

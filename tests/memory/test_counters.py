@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftfast.memory import peak_bytes, saved_bytes
@@ -73,6 +73,19 @@ def test_backward_frees_before_the_next_forward_saves() -> None:
             x.exp().sum().backward()
 
     assert saved_bytes(two_steps) == 6 * 4 * FLOAT
+
+
+def test_what_is_left_at_the_end_of_a_forward() -> None:
+    """The graph of what is returned is kept, and what was saved on the way and let go is not."""
+    x = torch.ones(100, requires_grad=True)
+
+    def forward() -> Tensor:
+        (x * x).sin().cos()  # nobody takes it: x * x and its sine were saved
+        return (x * 2).sin()
+
+    assert saved_bytes(forward, [x], at_end=True) == 400
+    assert saved_bytes(forward, [x]) == 800
+    assert saved_bytes(lambda: forward().sum().backward(), at_end=True) == 0
 
 
 @pytest.mark.parametrize("reentrant, kept", [(False, 2), (True, 4)])
