@@ -2,10 +2,11 @@
 
 Where a model is called with labels, its head returns deferred logits (`deferred_logits`), whose
 cross-entropy, wherever it is computed, takes none. Where the model then gives no loss, the real
-logits leave it. Without labels, while compiling and in whatever else is unusual the head runs as it
-is.
+logits leave it. Without labels and in whatever else is unusual the head runs as it is.
 
 Two hooks on the model that owns the head say when labels are there; the head's class is swapped.
+While compiling nothing is deferred: the head notes on its logits what they were made of, and the
+model's loss function, if it is transformers' own for causal models, reads that.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from peftfast.ops.cross_entropy import linear_cross_entropy
 from peftfast.ops.operands import autocast_dtype
 from peftfast.patching.bases import KINDS
 from peftfast.patching.deferred_logits import DeferredLogits, Head, Record, defer, made
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from peftfast.patching.report import FusedModule, NotFusedModule
 
 _RECORD = "_peftfast_head"
+_NOTE = "_peftfast_logits"  # on logits, while compiling
+_LOSS = "_loss_function"  # where transformers looks for a model's own
 _OP = "linear_cross_entropy"
 _READ = "its logits were read"
 
@@ -76,6 +82,8 @@ def join(
         rebind(head, source.forward, _SWAPS[source].forward)
         owner.register_forward_pre_hook(_enter, with_kwargs=True)
         owner.register_forward_hook(_exit, always_call=True)
+        if owner.loss_function is ForCausalLMLoss:
+            owner.__dict__[_LOSS] = _causal_loss
 
 
 def leave(model: nn.Module) -> dict[int, Record]:
@@ -90,6 +98,8 @@ def leave(model: nn.Module) -> dict[int, Record]:
             if swapped is not None:
                 module.__class__ = swapped
                 rebind(module, _SWAPS[swapped].forward, swapped.forward)
+        if module.__dict__.get(_LOSS) is _causal_loss:
+            del module.__dict__[_LOSS]
         _remove_hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, _enter)
         _remove_hook(module._forward_hooks, module._forward_hooks_always_called, _exit)
     return records
@@ -245,6 +255,57 @@ def _remove_hook(hooks: dict[int, Any], options: dict[int, Any], own: Callable[.
         options.pop(key, None)
 
 
+# A compiled loss
+
+
+class _Note:
+    """What logits were made of. (A tensor that is traced takes no tuple as an attribute.)"""
+
+    def __init__(self, hidden: Tensor, head: Head) -> None:
+        self.hidden, self.head = hidden, head
+
+
+def _noted(logits: Tensor, head: Head | str, hidden: Tensor) -> Tensor:
+    """The same logits; dropout draws a mask at each call, so there the loss has to read them."""
+    if not isinstance(head, str) and not any(p > 0 for p in head.dropout_p):
+        setattr(logits, _NOTE, _Note(hidden, head))
+    return logits
+
+
+def _causal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' `ForCausalLMLoss`; compiled, from the head's input where that is known."""
+    note = getattr(logits, _NOTE, None) if torch.compiler.is_compiling() else None
+    if note is None or vocab_size != note.head.weight.shape[0]:
+        return ForCausalLMLoss(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+        )
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    hidden, head = note.hidden, note.head
+    loss = linear_cross_entropy(
+        hidden,
+        head.weight,
+        head.bias,
+        shift_labels.reshape(hidden.shape[:-1]).to(hidden.device),
+        lora_a=head.lora_a,
+        lora_b=head.lora_b,
+        scaling=head.scaling,
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return (loss if num_items_in_batch is None else loss / num_items_in_batch).float()
+
+
 # The head's side
 
 
@@ -308,7 +369,11 @@ class DeferringLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         deferred = _deferred(self, input, _read_linear)
-        return nn.Linear.forward(self, input) if deferred is None else deferred
+        if deferred is not None:
+            return deferred
+        logits = nn.Linear.forward(self, input)
+        compiling = torch.compiler.is_compiling()
+        return _noted(logits, _read_linear(self, input), input) if compiling else logits
 
 
 class DeferringLoraLinear(FusedLoraLinear):
@@ -322,7 +387,12 @@ class DeferringLoraLinear(FusedLoraLinear):
                 if state is not None:
                     state.hits += 1
                 return deferred
-        return super().forward(*args, **kwargs)
+        logits = super().forward(*args, **kwargs)
+        if torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
+            # A view: while tracing, one of an op's several outputs takes no attribute.
+            logits = logits.view(logits.shape)
+            return _noted(logits, _read_lora(self, args[0]), args[0])
+        return logits
 
 
 _SWAPS: dict[type[nn.Module], Any] = {

@@ -426,3 +426,40 @@ def test_no_logits_in_memory() -> None:
     step(model)  # the scratch buffer is there from now on
     assert peak_bytes(lambda: step(plain)) > 5 * logits
     assert peak_bytes(lambda: step(model)) < 2.6 * logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("items", [None, 11])
+def test_a_compiled_step_makes_no_logits_for_its_loss(targets: list[str], items: Any) -> None:
+    model, plain = pair(target_modules=targets)
+    inputs = padded()
+    called = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def loss(m: Any) -> Tensor:
+        return m(**inputs, num_items_in_batch=items).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for run in (compiled, loss):
+        m = model if run is compiled else plain
+        run(m).backward()
+    same_gradients(model, plain)
+    assert sum("linear_cross_entropy" in name for name in called) == 1
+    assert not any("log_softmax" in name or "function cross_entropy" in name for name in called)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_its_logits() -> None:
+    model, plain = pair()
+    inputs = padded()
+    torch._dynamo.reset()
+    output, expected = torch.compile(model, fullgraph=True)(**inputs), plain(**inputs)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    for found in (output, expected):
+        (found.loss + found.logits.pow(2).mean()).backward()
+    same_gradients(model, plain)
