@@ -313,9 +313,10 @@ def aot_variants(arch: int) -> Iterator[Variant]:
     cases = [("bf16", torch.bfloat16, kinds), ("fp32", torch.float32, ("gelu_tanh",))]
     for label, dtype, alone in cases:
         x = torch.empty(8192, 14336, dtype=dtype, device="meta")
-        both = torch.empty(8192, 2 * 1000, dtype=dtype, device="meta")
-        gate, up = both.chunk(2, dim=-1)
-        odd = torch.empty(8192, 1000, dtype=dtype, device="meta")
+        gate, up = torch.empty(8192, 2 * 1000, dtype=dtype, device="meta").chunk(2, dim=-1)
+        odd, wide = (
+            torch.empty(8192, columns, dtype=dtype, device="meta") for columns in (1000, 11008)
+        )
         seed = torch.empty(1, dtype=torch.int64, device="meta")
         with recording(arch) as launches:
             for kind in alone:
@@ -325,6 +326,7 @@ def aot_variants(arch: int) -> Iterator[Variant]:
             activation_backward(x, x, x, "silu", 0.0, None, x, x)
             activation_forward(gate, up, "gelu_tanh", 0.1, seed, odd)
             activation_backward(odd, gate, up, "gelu_tanh", 0.1, seed, odd, odd)
+            activation_backward(wide, wide, wide, "silu", 0.1, seed, wide, wide)
             dropout(x, seed, 0.1, x)
         for launched in launches:
             yield launched.variant(label)

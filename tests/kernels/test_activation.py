@@ -14,10 +14,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-@pytest.mark.parametrize("columns", [1, 8, 9, 1000, 2048, 14336])
+@pytest.mark.parametrize("columns", [1, 8, 9, 1000, 1024, 14336])
 def test_tiles_hold_whole_calls_of_the_generator(columns: int) -> None:
     tile = tiles.elementwise_tile(columns)
-    assert tile.block_n % 8 == 0 and tile.block_m * tile.block_n == 2048
+    assert tile.block_n % 8 == 0 and tile.block_m * tile.block_n == 1024
 
 
 def test_contiguous_operands_are_one_row_and_masks_keep_the_rows() -> None:
@@ -28,10 +28,10 @@ def test_contiguous_operands_are_one_row_and_masks_keep_the_rows() -> None:
         activation.activation_forward(x, x, "silu", 0.1, seed, x)
         activation.activation_forward(x[:, ::2], None, "silu", 0.0, None, x.new_empty(300, 15))
     assert [one.args[4:6] for one in launches] == [(1, 9000), (300, 30), (300, 15)]
-    assert [one.programs for one in launches] == [5, 5, 3]
+    assert [one.programs for one in launches] == [9, 10, 5]
 
 
-@pytest.mark.parametrize("columns", [5, 2048 * 2 + 3])
+@pytest.mark.parametrize("columns", [5, 1024 * 2 + 3])
 def test_several_tiles_a_row(columns: int) -> None:
     gate, up, dy = torch.randn(3, 70, columns, device=DEVICE).unbind()
     seed, p = torch.tensor([6], device=DEVICE), 0.5
