@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from peftfast.ops import recipes
 from peftfast.patching.handlers import Comparison
 from peftfast.patching.parts import Part
 from peftfast.patching.state import state_of
@@ -139,11 +140,16 @@ def attend(
             y = F.scaled_dot_product_attention(
                 query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
             )
-            return y.transpose(1, 2).contiguous(), None
-    found: tuple[Tensor, None] = sdpa_attention_forward(
+            return _saved(y.transpose(1, 2).contiguous()), None
+    y, weights = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
     )
-    return found
+    return (_saved(y) if saving else y), weights
+
+
+def _saved(y: Tensor) -> Tensor:
+    recipes.mark_saved(y)  # by SDPA's kernels, for their backward
+    return y
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
