@@ -69,7 +69,7 @@ def test_as_text() -> None:
     ]
     assert "layers.0.self_attn.o_proj" in text
     assert "excluded by 'layers.1.self_attn.o_proj'" in text
-    assert max(map(len, text.splitlines())) <= 160
+    assert max(map(len, text.splitlines())) <= 165
 
 
 def test_text_of_odd_paths_and_models() -> None:
