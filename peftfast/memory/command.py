@@ -227,6 +227,8 @@ def _swapped(needed: Callable[[int, int], int], seq: int, batch: int) -> int:
 
 def _print(found: dict[str, Found], budget: int | None, args: argparse.Namespace) -> None:
     console = Console()
+    if not console.is_terminal:  # nothing to wrap for
+        console = Console(width=200)
     how = "plain" if args.plain else f"peftfast.patch, memory={args.memory!r}"
     how += ", with checkpointing" if args.checkpointing else ", without checkpointing"
     limit = "" if budget is None else f"; * does not fit {size(budget)}"

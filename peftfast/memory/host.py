@@ -29,7 +29,8 @@ class _Lane(offload._Lane):
         return _Host(flat), _Copy()
 
     def to_device(self, host: Any, device: torch.device) -> tuple[Tensor, Any]:
-        return torch.empty(host.count, dtype=host.dtype, device="meta"), None
+        with torch._C.DisableTorchFunction():  # a meta tensor that passes for the device's
+            return torch.empty(host.count, dtype=host.dtype, device="meta"), None
 
 
 class _Host:

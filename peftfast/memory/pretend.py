@@ -35,19 +35,24 @@ class NeedsValues(RuntimeError):
 
 
 @contextlib.contextmanager
-def pretending(profile: DeviceProfile) -> Iterator[None]:
-    """Let meta tensors pass for tensors of `profile`'s device in this thread."""
+def pretending(profile: DeviceProfile, disown: Callable[[Tensor], None]) -> Iterator[None]:
+    """Let meta tensors pass for tensors of `profile`'s device in this thread.
+
+    Args:
+        disown: takes what the code itself wants on the meta device.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(dry_run(profile.arch, profile.sm_count))
         if profile.kind == "cuda":
             stack.enter_context(pretended_host())
-        stack.enter_context(_Pretence(profile))
+        stack.enter_context(_Pretence(profile, disown))
         yield
 
 
 class _Pretence(TorchFunctionMode):
-    def __init__(self, profile: DeviceProfile) -> None:
+    def __init__(self, profile: DeviceProfile, disown: Callable[[Tensor], None]) -> None:
         super().__init__()
+        self._disown = disown
         self._gpu = profile.kind == "cuda"
         self._device = torch.device("cuda", 0) if self._gpu else torch.device("cpu")
         self._profile = profile
@@ -79,6 +84,10 @@ class _Pretence(TorchFunctionMode):
         if own is not None:
             return own(*args, **kwargs)
         if "device" in kwargs:
+            if kwargs["device"] is not None and torch.device(kwargs["device"]).type == "meta":
+                found = func(*args, **kwargs)
+                self._disown(found)
+                return found
             kwargs = {**kwargs, "device": self._meta_for(kwargs["device"], func)}
         elif func in self._factories:
             kwargs = {**kwargs, "device": self._meta_for(None, func)}
@@ -125,7 +134,7 @@ class _Pretence(TorchFunctionMode):
             makes = func in self._factories and func is not torch.from_numpy
             return _META if makes and not self._gpu else None
         wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        return _META if wanted.type in (self._device.type, "meta") else device
+        return _META if wanted.type == self._device.type else device
 
 
 def _is_device(value: Any) -> bool:

@@ -43,7 +43,7 @@ def training_step(
     vocabulary = vocabulary_of(model)
     options = step_options(model)
     with _running(model, tracker, profile):
-        inputs = _inputs(model, batch, seq)
+        inputs = _inputs(model, profile, batch, seq)
         _relabel(tracker, list(inputs.values()), "inputs and buffers")
         tracker.phase = "forward"
         output = model(**inputs, **options)
@@ -77,7 +77,7 @@ def generation(model: nn.Module, profile: DeviceProfile, batch: int, seq: int) -
     tracker = _tracker(model, profile)
     model.eval()
     with _running(model, tracker, profile), torch.no_grad():
-        ids = torch.ones(batch, max(seq - 1, 1), dtype=torch.int64, device="meta")
+        ids = torch.ones(batch, max(seq - 1, 1), dtype=torch.int64, device=profile.kind)
         _relabel(tracker, [ids], "inputs and buffers")
         options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in inspect.signature(_base(model).forward).parameters:
@@ -88,7 +88,7 @@ def generation(model: nn.Module, profile: DeviceProfile, batch: int, seq: int) -
         del output
         _relabel(tracker, _cached(cache), "KV cache")
         tracker.phase = "decoding"
-        last = torch.ones(batch, 1, dtype=torch.int64, device="meta")
+        last = torch.ones(batch, 1, dtype=torch.int64, device=profile.kind)
         _relabel(tracker, [last], "inputs and buffers")
         output = model(input_ids=last, past_key_values=cache, use_cache=True)
         _relabel(tracker, _cached(output.past_key_values), "KV cache")
@@ -139,7 +139,7 @@ def _running(model: nn.Module, tracker: Tracker, profile: DeviceProfile) -> Iter
     collecting = gc.isenabled()
     gc.disable()  # a cycle lives until it is collected, at a moment that depends on everything
     try:
-        with warnings.catch_warnings(), pretending(profile), tracker:
+        with warnings.catch_warnings(), pretending(profile, tracker.disown), tracker:
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -159,12 +159,12 @@ def vocabulary_of(model: nn.Module) -> int:
     return -1 if config is None else getattr(config.get_text_config(), "vocab_size", -1)
 
 
-def _inputs(model: Any, batch: int, seq: int) -> dict[str, Tensor]:
-    ids = torch.ones(batch, seq, dtype=torch.int64, device="meta")
+def _inputs(model: Any, profile: DeviceProfile, batch: int, seq: int) -> dict[str, Tensor]:
+    ids = torch.ones(batch, seq, dtype=torch.int64, device=profile.kind)
     one_label = type(_base(model)).__name__.endswith("ForSequenceClassification")
     shape = (batch,) if one_label else (batch, seq)
-    labels = torch.ones(shape, dtype=torch.int64, device="meta")
-    mask = torch.ones(batch, seq, dtype=torch.int64, device="meta")
+    labels = torch.ones(shape, dtype=torch.int64, device=profile.kind)
+    mask = torch.ones(batch, seq, dtype=torch.int64, device=profile.kind)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

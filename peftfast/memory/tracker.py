@@ -59,6 +59,7 @@ class Tracker(TorchDispatchMode):
         self._ignores = ignore_new_inputs
         self._known: dict[int, Block | None] = {}
         self._watches: dict[int, weakref.ref] = {}
+        self._disowned = 0
 
     def register(self, tensor: Tensor, label: str) -> None:
         """Count a tensor that is there before the first moment."""
@@ -70,6 +71,21 @@ class Tracker(TorchDispatchMode):
         """The block of a tensor's storage, if it is counted."""
         found = [self._known.get(storage._cdata) for storage in self._of_device(tensor)]
         return found[0] if found else None
+
+    def disown(self, tensor: Tensor) -> None:
+        """Count neither this tensor nor what is computed of such tensors alone: code under
+        simulation may use the meta device too, to work out shapes.
+        """
+        for storage in self._of_device(tensor):
+            block = self._known.get(storage._cdata)
+            if block is not None:
+                block.died = block.born
+                self._known[storage._cdata] = None
+                self._disowned += 1
+
+    def _is_disowned(self, args: tuple, kwargs: dict) -> bool:
+        inputs = [storage._cdata for _, storage in self._each((args, kwargs))]
+        return bool(inputs) and all(self._known.get(key, 0) is None for key in inputs)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -85,6 +101,7 @@ class Tracker(TorchDispatchMode):
         if outputs is NotImplemented:
             outputs = func(*args, **kwargs)
         made, path = 0, None
+        disowned = self._disowned and not self._ignores and self._is_disowned(args, kwargs)
         for tensor, storage in self._each(outputs):
             key, size = storage._cdata, storage.nbytes()
             if key in self._known:
@@ -93,7 +110,9 @@ class Tracker(TorchDispatchMode):
                     made += size - block.size
                     block.size = size
                 continue
-            if size:
+            if disowned:
+                self._watch(storage, None)
+            elif size:
                 made += size
                 path = self._path() if path is None else path
                 origin = f"{_kind(path)} {_name(func)}".strip()
