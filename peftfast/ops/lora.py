@@ -89,9 +89,10 @@ def lora_linear(
         seed: int64 [number of adapters] on x's device, from which the masks follow; None draws it
         from torch's
             generator of that device.
-        compress: keep x, where it is kept for A's gradient alone and can't be rebuilt, in 8 bits a
-            value with one scale a row: A's gradient is then that of an x which is off by at most
-            1/254 of its row's largest magnitude; every other result is exact.
+        compress: keep what serves gradients of parameters only in 8 bits a value with one scale a
+            row: x for A's, where it can't be rebuilt, and drop(x) A^T for B's. These gradients are
+            then those of values that are off by at most 1/254 of their row's largest magnitude;
+            every other result is exact.
         impl: "auto", "triton", "native" or "reference"; an explicit request never falls back.
 
     x, weight and bias have one floating dtype, each adapter that one or float32. Under autocast
@@ -297,9 +298,11 @@ def _run(
         fields = (present, *operands[3:])
         kept = leaves, "" if recipe == 0 else recipes.encode(recipe)
         return tuple(
-            torch.ops.peftfast.lora_linear(x, parts, spec, *fields, has_bias, *kept, asked.value)[0]
+            torch.ops.peftfast.lora_linear(
+                x, parts, spec, *fields, has_bias, *kept, compress, asked.value
+            )[0]
         )
-    settings = (spec, operands.owners, operands.scaling, operands.dropout_p, asked.value)
+    settings = (spec, *operands[5:8], asked.value, compress)
     tensors = (*parts, *operands.biases, *operands.lora_a, *operands.lora_b)
     return _LoRALinear.apply(settings, x, operands.seed, recipe, leaves, *tensors)
 
@@ -353,9 +356,11 @@ def _module(impl: Impl) -> Any:
     return reference
 
 
-def _forward(operands: _Operands, impl: str) -> tuple[list[Tensor], Tensor]:
-    """Outputs [..., N_j] and t [M, sum r_i]."""
+def _forward(operands: _Operands, impl: str, compress: bool = False) -> tuple[list[Tensor], Tensor]:
+    """Outputs [..., N_j] and t [M, sum r_i], packed where it is to be compressed."""
     ys, t = _matrices(operands, Impl(impl))
+    if compress:
+        t = rows_int8.pack_columns(t, _ranks(operands))
     leading = operands.x.shape[:-1]
     # Not views for autograd: an output may be changed in place, as F.linear's may.
     return [torch.ops.aten._unsafe_view(y, (*leading, y.shape[-1])) for y in ys], t
@@ -388,6 +393,9 @@ def _backward(
         serving = _implementation(asked, operands, dys)
         rows = operands.x.reshape(math.prod(operands.x.shape[:-1]), operands.x.shape[-1])
         matrices, options = _prepared(operands, rows, dtypes, serving, asked)
+        if t.dtype == torch.int8:
+            dtype = reference.bottleneck_dtype(operands.lora_a)
+            t = rows_int8.unpack_columns(t, _ranks(operands), dtype)
         flat = [None if dy is None else dy.reshape(len(rows), dy.shape[-1]) for dy in dys]
         grads = _module(serving).lora_linear_backward(
             flat, t, *matrices, need_x[0], *need, **options
@@ -395,6 +403,10 @@ def _backward(
     if need_x[0]:
         grads[0] = grads[0].view(operands.x.shape)
     return grads
+
+
+def _ranks(operands: _Operands) -> list[int]:
+    return [a.shape[0] for a in operands.lora_a]
 
 
 def _dtypes(operands: _Operands) -> list[torch.dtype]:
@@ -506,13 +518,13 @@ class _LoRALinear(torch.autograd.Function):
         leaves: list[Tensor],
         *tensors: Any,
     ) -> Any:
-        spec, owners, scaling, dropout_p, impl = settings
+        spec, owners, scaling, dropout_p, impl, compress = settings
         adapters, linears, held = len(owners), len(out_features(spec)), part_count(spec)
         parts, biases = tensors[:held], tensors[held : held + linears]
         lora_a, lora_b = tensors[held + linears : -adapters], tensors[-adapters:]
         weights = unflatten(parts, spec)
         operands = _Operands(x, weights, biases, lora_a, lora_b, owners, scaling, dropout_p, seed)
-        ys, t = _forward(operands, impl)
+        ys, t = _forward(operands, impl, compress)
         ctx.settings = settings
         need_x, _, _, _, *others = ctx.needs_input_grad[1:]
         ctx.needs = [need_x, *_weight_needs(spec, others[:held]), *others[held:]]
@@ -526,7 +538,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
-        spec, owners, scaling, dropout_p, impl = ctx.settings
+        spec, owners, scaling, dropout_p, impl, _ = ctx.settings
         adapters, linears, held = len(owners), len(out_features(spec)), part_count(spec)
         saved = ctx.saved_tensors
         (x, seed, t, *tensors), leaves = saved[: ctx.tensors], saved[ctx.tensors :]
@@ -562,23 +574,25 @@ def _check_quantised(x: Tensor, weights: Sequence[Weight]) -> None:
     mutates_args=(),
     schema="(Tensor x, Tensor[] parts, int[] spec, Tensor[] biases, Tensor[] lora_a,"
     " Tensor[] lora_b, int[] owners, float[] scaling, float[] dropout_p, Tensor? seed,"
-    " int[] has_bias, Tensor[] leaves, str recipe, str impl) -> (Tensor[], Tensor)",
+    " int[] has_bias, Tensor[] leaves, str recipe, bool compress, str impl)"
+    " -> (Tensor[], Tensor)",
 )
 def _library_forward(x: Tensor, parts: Any, spec: Any, biases: Any, *args: Any) -> Any:
-    *fields, has_bias, _, _, impl = args
+    *fields, has_bias, _, _, compress, impl = args
     present = iter(biases)
     every = [next(present) if has else None for has in has_bias]
     weights = unflatten(parts, spec, check=True)
     _check_quantised(x, weights)
-    return _forward(_Operands(x, weights, every, *fields), impl)
+    return _forward(_Operands(x, weights, every, *fields), impl, compress)
 
 
 @_library_forward.register_fake
-def _fake_forward(x: Tensor, parts: Any, spec: Any, biases: Any, lora_a: Any, *_: Any) -> Any:
+def _fake_forward(x: Tensor, parts: Any, spec: Any, biases: Any, lora_a: Any, *rest: Any) -> Any:
     ys = [x.new_empty(*x.shape[:-1], features) for features in out_features(spec)]
-    rank = sum(a.shape[0] for a in lora_a)
-    dtype = reference.bottleneck_dtype(lora_a)
-    return ys, x.new_empty(math.prod(x.shape[:-1]), rank, dtype=dtype)
+    rows, rank = math.prod(x.shape[:-1]), sum(a.shape[0] for a in lora_a)
+    if rest[-2]:  # compress
+        return ys, x.new_empty(rows, rows_int8.packed_width(rank, len(lora_a)), dtype=torch.int8)
+    return ys, x.new_empty(rows, rank, dtype=reference.bottleneck_dtype(lora_a))
 
 
 @torch.library.custom_op(
@@ -613,7 +627,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, parts, spec, biases, lora_a, lora_b, *settings, seed, has_bias, leaves, recipe, impl = inputs
+    *inputs, leaves, recipe, _, impl = inputs
+    x, parts, spec, biases, lora_a, lora_b, *settings, seed, has_bias = inputs
     present = iter(biases)
     needs = [x.requires_grad, *_weight_needs(spec, [p.requires_grad for p in parts])]
     needs += [bool(has) and next(present).requires_grad for has in has_bias]
@@ -656,7 +671,7 @@ def _library_autograd(ctx: Any, dys: Any, _: Any) -> Any:
     biases = [grad for grad, has in zip(of_biases, ctx.has_bias, strict=True) if has]
     no_leaves = [None] * len(leaves)
     of_parts = _part_grads(ctx.spec, of_weights)
-    return (x_grad, of_parts, None, biases, *of_adapters, *[None] * 5, no_leaves, None, None)
+    return (x_grad, of_parts, None, biases, *of_adapters, *[None] * 5, no_leaves, *[None] * 3)
 
 
 _library_forward.register_autograd(_library_autograd, setup_context=_setup_context)

@@ -13,6 +13,9 @@ from torch import Tensor
 from peftfast.ops import recipes
 from peftfast.ops.operands import is_traced
 from peftfast.reference import rows_int8 as reference
+from peftfast.reference.rows_int8 import pack_columns, packed_width, unpack_columns
+
+__all__ = ["compressed", "pack_columns", "packed_width", "unpack_columns"]
 
 _KIND = "rows_int8"
 

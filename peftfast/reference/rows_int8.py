@@ -8,6 +8,8 @@ quantisation, as in Dettmers et al., "LLM.int8()", NeurIPS 2022, section 2.1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,27 @@ def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
         part = slice(start, start + step)
         flat[part] = rows[part] * factors[part]
     return x
+
+
+def pack_columns(x: Tensor, widths: Sequence[int]) -> Tensor:
+    """x [M, sum of widths] as one int8 matrix: the codes, then four bytes of a scale for each row
+    of each block of columns.
+    """
+    parts = [quantize_rows(block) for block in x.split(list(widths), dim=1)]
+    scales = torch.stack([scale for _, scale in parts], dim=1)
+    return torch.cat([*(codes for codes, _ in parts), scales.view(torch.int8)], dim=1)
+
+
+def packed_width(columns: int, blocks: int) -> int:
+    """The columns of what `pack_columns` gives."""
+    return columns + torch.float32.itemsize * blocks
+
+
+def unpack_columns(packed: Tensor, widths: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The matrix that `pack_columns` packed, in `dtype`."""
+    codes = packed[:, : sum(widths)].split(list(widths), dim=1)
+    scales = packed[:, sum(widths) :].contiguous().view(torch.float32)
+    blocks = [
+        dequantize_rows(block.contiguous(), scales[:, i], dtype) for i, block in enumerate(codes)
+    ]
+    return torch.cat(blocks, dim=1)

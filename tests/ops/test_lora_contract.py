@@ -310,7 +310,7 @@ def test_opcheck(bias: bool, dropout_p: float) -> None:
     x, w, b, a, up = leaves
     seed = torch.tensor([5, 6], device=DEVICE) if dropout_p else None
     biases, has = ([b], [1, 0]) if bias else ([], [0, 0])
-    settings = ([0, 1], [0.5, 2.0], [dropout_p, 0.0], seed, has, [], "", "reference")
+    settings = ([0, 1], [0.5, 2.0], [dropout_p, 0.0], seed, has, [], "", False, "reference")
     _, spec = flatten([w, w.detach()])
     args = (x, [w, w.detach()], spec, biases, [a, a.detach()], [up, up.detach()], *settings)
     opcheck(torch.ops.peftfast.lora_linear.default, args)

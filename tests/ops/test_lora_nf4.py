@@ -283,5 +283,18 @@ def test_opcheck() -> None:
     parts, spec = flatten([w4, dense])
     bias = torch.randn(40, device=DEVICE, requires_grad=True)
     settings = ([0, 1], [0.5, 2.0], [0.1, 0.0], torch.tensor([5, 6], device=DEVICE))
-    arguments = (x, parts, spec, [bias], [a, a], [b, b2], *settings, [0, 1], [], "", "reference")
+    arguments = (
+        x,
+        parts,
+        spec,
+        [bias],
+        [a, a],
+        [b, b2],
+        *settings,
+        [0, 1],
+        [],
+        "",
+        False,
+        "reference",
+    )
     opcheck(torch.ops.peftfast.lora_linear.default, arguments)

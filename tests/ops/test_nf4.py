@@ -672,7 +672,7 @@ def test_library_ops_check_what_they_are_given(spoil: Any, message: str) -> None
         torch.ops.peftfast.nf4_linear_backward(x[:, :64], parts, spec, "auto")
     with pytest.raises(ValueError, match=message):
         torch.ops.peftfast.lora_linear(
-            x, parts, spec, [], [a], [b], [0], [1.0], [0.0], None, [0], [], "", "auto"
+            x, parts, spec, [], [a], [b], [0], [1.0], [0.0], None, [0], [], "", False, "auto"
         )
 
 

@@ -229,28 +229,51 @@ def test_a_frozen_down_projection_needs_no_x() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_compressed_x_changes_only_the_gradient_of_a(dtype: torch.dtype) -> None:
-    """It is the gradient of an x that is off by at most 1/254 of its row's largest magnitude."""
+def test_compression_changes_only_the_gradients_of_adapters(dtype: torch.dtype) -> None:
+    """They are those of values that are off by at most 1/254 of their row's largest magnitude."""
 
-    def run(compress: bool) -> tuple[int, list[Any], Tensor, Tensor, Tensor]:
+    def run(compress: bool) -> tuple[int, list[Any], list[Any]]:
         x = _x().detach().to(dtype).requires_grad_()
         w, a, b = (t.detach().to(dtype).requires_grad_(i > 0) for i, t in enumerate(_adapter()))
         h = x * 1.0
         kept, y = _kept_by(lambda: lora_linear(h, w, None, a, b, 0.5, compress=compress), [w, a, b])
         y.float().square().sum().backward()
-        assert a.grad is not None
-        return kept, [y, x.grad, b.grad], a.grad, b.detach(), h.detach()
+        return kept, [y, x.grad, h.detach(), a.detach(), b.detach()], [a.grad, b.grad]
 
-    (plain, expected, grad_a, b, h), (ours, got, near, _, _) = run(False), run(True)
-    saving = ROWS * (IN * (dtype.itemsize - 1) - 4)
+    (plain, expected, exact), (ours, got, near) = run(False), run(True)
+    saving = ROWS * (IN * (dtype.itemsize - 1) - 4 + RANK * (dtype.itemsize - 1) - 4)
     assert plain - ours == saving - dtype.itemsize  # one value stands in for x
     assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
-    dy = (2 * got[0].detach().float()).to(dtype).float()
-    g = (0.5 * dy @ b.float()).abs()  # [ROWS, RANK]
-    off = h.float().abs().amax(1, keepdim=True) / 254
-    bound = g.t() @ off + 8 * torch.finfo(dtype).eps * (g.t() @ h.float().abs())
-    assert not torch.equal(near, grad_a)
-    assert bool(((near - grad_a).float().abs() <= bound).all())
+    y, _, h, a, b = (one.detach().double() for one in got)
+    dy = (2 * y.float()).to(dtype).double()
+    for grad, grad_near, left, right in (
+        (exact[0], near[0], 0.5 * dy @ b, h),
+        (exact[1], near[1], dy, 0.5 * h @ a.t()),
+    ):
+        off = right.abs().amax(1, keepdim=True) / 254
+        rounding = 8 * torch.finfo(dtype).eps * (left.abs().t() @ right.abs())
+        assert not torch.equal(grad, grad_near)
+        assert bool(((grad_near - grad).double().abs() <= left.abs().t() @ off + rounding).all())
+
+
+def test_siblings_are_compressed_each_with_scales_of_its_own() -> None:
+    """A weak sibling's adapter loses nothing to a strong one's."""
+
+    def gradients(compress: bool) -> list[Tensor]:
+        x, (w, a1, b1), (_, a2, b2) = _x().detach(), _adapter(1), _adapter(2)
+        a2.data *= 1e-4
+        a2.data = a2.data[:3].clone()
+        b2.data = b2.data[:, :3].clone()
+        a2, b2 = a2.detach().requires_grad_(), b2.detach().requires_grad_()
+        ys = lora_linear_group(
+            x, [w, w], [None, None], [a1, a2], [b1, b2], [1.0, 1.0], compress=compress
+        )
+        (ys[0].square().sum() + ys[1].square().sum()).backward()
+        return [t.grad for t in (a1, a2, b1, b2) if t.grad is not None]
+
+    for exact, near in zip(gradients(False), gradients(True), strict=True):
+        assert not torch.equal(exact, near)
+        assert (exact - near).norm() <= 0.01 * exact.norm()
 
 
 def test_compress_leaves_alone_what_is_kept_anyway() -> None:
@@ -260,6 +283,7 @@ def test_compress_leaves_alone_what_is_kept_anyway() -> None:
     assert recipes.is_saved(h.view(-1)) and not recipes.is_saved(x)
 
     def exact(y: Tensor, **options: Any) -> Tensor:
+        """The gradient of A."""
         operands[2].grad = None
         lora_linear(y, *operands, 1.0, **options).sum().backward()
         assert operands[2].grad is not None
@@ -289,13 +313,14 @@ def test_compiled_whole(compress: bool) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_opcheck_with_leaves() -> None:
+@pytest.mark.parametrize("compress", [False, True])
+def test_opcheck_with_leaves(compress: bool) -> None:
     x, (w, a, b) = _x(), _adapter()
     h = x.detach()
     y = (h * h).requires_grad_()
     parts, spec = flatten([w])
     recipe = recipes.encode(("test_square", (1.0,), (0,)))
-    settings = ([0], [1.0], [0.0], None, [0], [h], recipe, "reference")
+    settings = ([0], [1.0], [0.0], None, [0], [h], recipe, compress, "reference")
     opcheck(torch.ops.peftfast.lora_linear.default, (y, parts, spec, [], [a], [b], *settings))
 
 
