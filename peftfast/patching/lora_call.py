@@ -37,7 +37,7 @@ class LoraCall(NamedTuple):
 
     `out_dtype` is what the op's output is cast to, where that differs from what the op gives;
     `biases_after`: the adapters' biases are added to that output, not to the base's bias;
-    `compress`: an input kept for A's gradient alone is kept in 8 bits a value.
+    `compress`: what is kept for gradients of A and B alone is kept in 8 bits a value.
     """
 
     weight: Tensor | NF4Weight  # [out, in]

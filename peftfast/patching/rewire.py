@@ -61,9 +61,10 @@ def patch(
               backward from what is kept anyway. No matrix product is ever computed again; it costs
               reading and writing those tensors once more.
             - "keep": those modules run their own forwards, and all that autograd keeps is kept.
-            - "compress": "recompute", and an input that is kept for the gradient of a LoRA A alone,
-              and can't be made again, is kept in 8 bits a value with a scale for each row. That
-              gradient is rounded accordingly; no other one is.
+            - "compress": "recompute", and what is kept for the gradients of LoRA's A and B alone is
+              kept in 8 bits a value with a scale for each row: inputs that can't be made again, and
+              the products with A. Those gradients are of values off by at most 1/254 of their row's
+              largest; every other result is exact.
             - "offload": "recompute", and what is kept goes from the GPU to pinned host memory on a
               stream of its own, and comes back ahead of the backward. It costs two copies over the
               bus, which overlap with computing, and as much host memory.
