@@ -16,6 +16,7 @@ WAYS = (
     (False, "recompute", "every layer keeps what its backward reads"),
     (False, "compress", "inputs that only adapters' gradients read are kept in 8 bits"),
     (True, "recompute", "every layer runs a second time in the backward"),
+    (False, "offload", "what is kept goes over the bus to host memory, and back"),
 )
 
 
@@ -81,7 +82,11 @@ def fit(
     reasons: list[str] = []
     found: list[tuple[int, bool, str, MemoryReport]] = []
     smallest = math.inf
+    profile = options.get("device_profile", "a100-40gb")
+    on_cpu = getattr(profile, "kind", profile) == "cpu"
     for checkpointing, memory, cost in WAYS:
+        if memory == "offload" and on_cpu:
+            continue  # what is kept is in host memory already
         settings = {**options, "checkpointing": checkpointing, "memory": memory, "method": method}
         reports: dict[int, MemoryReport] = {}
 
