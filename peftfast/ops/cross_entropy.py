@@ -31,12 +31,14 @@ from peftfast.ops.operands import (
     probabilities,
     shape,
 )
+from peftfast.ops.rebuilt import is_rebuilt
 from peftfast.ops.second_order import first_order_only
 from peftfast.reference import cross_entropy as reference
 from peftfast.reference.cross_entropy import Needs, loss_dtype
 
 _REDUCTIONS = ("mean", "sum", "none")
 _SEED_LIMIT = (1 << 63) - 1
+_VIEW_NODES = ("SliceBackward0", "ViewBackward0", "AliasBackward0")
 _LEAST_ROWS = 256  # fewer make poor GEMMs
 _CHUNK_BYTES = 32 << 20  # of a chunk's logits in float32
 _CHUNK_BYTES_ON_GPU = 128 << 20
@@ -58,6 +60,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float | None = None,
     chunk_rows: int | None = None,
+    through_norm: bool = False,
     impl: str | Impl = "auto",
 ) -> Tensor:
     """`F.cross_entropy` of a linear head's logits, which are never all in memory.
@@ -66,8 +69,7 @@ def linear_cross_entropy(
     and of those softcap * tanh(logits / softcap), where a softcap is given.
 
     Args:
-        hidden: [..., in], any strides. Where it is the output of a frozen norm of this package, the
-            gradient is carried through that norm at once.
+        hidden: [..., in], any strides.
         weight: [vocabulary, in]; frozen.
         bias: [vocabulary] or None.
         target: int64 [...], in [0, vocabulary) or ignore_index.
@@ -76,6 +78,11 @@ def linear_cross_entropy(
         reduction: "mean" over the rows that are not ignored (nan where all are), "sum" or "none".
         softcap: positive.
         chunk_rows: how many rows' logits are held at a time; None: as many as take a few dozen MiB.
+        through_norm: where hidden is the output of a frozen norm of this package, carry the
+            gradient through it at once, to its input, so that neither is kept. Then hidden has no
+            gradient of its own from this loss: nobody may ask for one, with hooks or
+            `torch.autograd.grad`, after this call. (Hooks that are there before it are seen, and
+            keep the gradient where it was.)
         impl: "auto", "native" (products in float32 where a CPU computes those faster) or
             "reference"; an explicit request never falls back.
 
@@ -108,7 +115,7 @@ def linear_cross_entropy(
     elif reduction == "none" and shared:
         loss = _weighted(head, hidden, settings, needs, asked)
     else:
-        through = _norm_of(hidden) if needs.x else None
+        through = _norm_of(hidden) if needs.x and through_norm else None
         losses, grads = _run(head, settings, needs, None, asked)
         source = hidden
         if needs.x:
@@ -287,15 +294,31 @@ class _Norm(NamedTuple):
 
 
 def _norm_of(hidden: Tensor) -> _Norm | None:
-    if not is_traced() and (hidden._backward_hooks or hidden.retains_grad):
-        return None  # somebody looks at hidden's own gradient
+    """The norm that hidden is the output of, if nothing lies between them."""
+    if is_traced():
+        return None
     found = recipes.source(hidden, "rms_norm", "layer_norm")
     if found is None:
         return None
     kind, settings, inputs = found
     if not inputs[0].requires_grad or any(one.requires_grad for one in inputs[1:]):
         return None
+    if not _is_output_of(hidden, kind):
+        return None
     return _Norm(kind, settings, inputs)
+
+
+def _is_output_of(hidden: Tensor, kind: str) -> bool:
+    """Whether hidden, or what it is one view of, came from such a norm's node, without hooks."""
+    tensors = [hidden] if hidden._base is None else [hidden, hidden._base]
+    if any(one._backward_hooks or one.retains_grad for one in tensors):
+        return False
+    node: Any = hidden.grad_fn
+    if not is_rebuilt(node, kind) and hidden._base is not None:
+        node = node.next_functions[0][0] if type(node).__name__ in _VIEW_NODES else None
+        if node is not hidden._base.grad_fn:
+            return False
+    return is_rebuilt(node, kind)
 
 
 # Running: eager and compiled calls share everything but the library op around the losses.

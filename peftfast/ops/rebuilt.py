@@ -204,6 +204,11 @@ def _last(dy: Tensor, rank: int) -> torch.Size:
     return dy.shape[dy.ndim - rank :]
 
 
+def is_rebuilt(node: Any, kind: str) -> bool:
+    """Whether a node of autograd's graph is that of an op of this kind."""
+    return getattr(type(node), "_forward_cls", None) is _Eager and node.op.kind == kind
+
+
 def _held(entry: tuple[Any, int] | None) -> int:
     """How many saved tensors stand for an input."""
     if entry is None:

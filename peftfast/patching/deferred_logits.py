@@ -10,6 +10,7 @@ autograd.Functions. Casts, views, slices of rows, factors and tanh give deferred
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -80,9 +81,13 @@ class Head(NamedTuple):
         return [tensor for tensor in self.tensors() if tensor.requires_grad]
 
 
-def defer(hidden: Tensor, head: Head, record: Record) -> DeferredLogits:
-    """The logits of a head, deferred; hidden is [..., in]."""
-    logits: DeferredLogits = _Defer.apply(_Source(hidden, head, record), hidden, *head.trained())
+def defer(hidden: Tensor, head: Head, record: Record, through_norm: bool = False) -> DeferredLogits:
+    """The logits of a head, deferred; hidden is [..., in].
+
+    `through_norm` is that of `linear_cross_entropy`: nobody will ask for the gradient of hidden.
+    """
+    source = _Source(hidden.detach(), head, record, through_norm)
+    logits: DeferredLogits = _Defer.apply(source, hidden, *head.trained())
     return logits
 
 
@@ -93,14 +98,15 @@ def made(logits: DeferredLogits) -> Tensor:
 
 
 class _Source:
-    """What logits are made of.
+    """What logits are made of; `hidden` is without its graph, which the node of `_Defer` has.
 
     What an optimiser may change before they are read is copied: adapters and bias, which are small.
     Nothing else may change.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, record: Record) -> None:
+    def __init__(self, hidden: Tensor, head: Head, record: Record, through_norm: bool) -> None:
         self.hidden, self.head, self.record = hidden, head, record
+        self.through_norm = through_norm
         self.kept = Head(
             head.weight,
             None if head.bias is None else _copied(head.bias),
@@ -140,12 +146,13 @@ class _Source:
             return F.linear(hidden.to(self.dtype), head.weight.to(self.dtype), bias)
 
     def values(self) -> Tensor:
-        read = (self.hidden, self.head.weight)
-        changed = [tensor._version for tensor in read] != self._versions[:2]
+        read = [self.hidden, *(t for t in self.head.tensors() if not t.requires_grad)]
+        known = zip((self.hidden, *self.head.tensors()), self._versions, strict=True)
+        changed = any(t._version != version for t, version in known if any(t is r for r in read))
         freed = any(tensor.untyped_storage().nbytes() == 0 for tensor in read)
         if changed or freed:
             raise RuntimeError(
-                f"logits were read after the head's input or its weight was"
+                f"logits were read after the head's input or a frozen parameter of it was"
                 f" {'changed in place' if changed else 'freed'}; read them before that, or patch"
                 " the model with exclude=[the head's name]"
             )
@@ -243,7 +250,7 @@ class DeferredLogits(Tensor):
         elif func in _READS:
             return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
         elif func in (Tensor.register_hook, Tensor.retain_grad):
-            _watch(args[0].cell.source, func)
+            _watch(args[0].cell.source, *args[1:], *kwargs.values())
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -274,16 +281,19 @@ def _values(value: Any) -> Any:
     return value.cell.values() if isinstance(value, DeferredLogits) else value
 
 
-def _watch(source: _Source, func: Any) -> None:
-    """Somebody wants to see the gradient of logits: a loss to come has to give it.
+def _watch(source: _Source, hook: Any = None) -> None:
+    """Somebody wants to see the gradient of logits, with a hook or by `retain_grad`: a loss to come
+    has to give it.
 
-    A hook after the loss is let be, for FSDP puts one on all that a model returns.
+    FSDP's hooks on all that a model returns are let be after the loss: they are called for the loss
+    as well.
     """
-    if source.fused and func is Tensor.retain_grad:
+    hook = hook.func if isinstance(hook, functools.partial) else hook
+    by_torch = (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
+    if source.fused and not by_torch:
         raise RuntimeError(
-            "the loss was computed without the logits, so no gradient passes through them: call"
-            " retain_grad before the loss is computed, or patch the model with exclude=[the head's"
-            " name]"
+            "the loss was computed without the logits, so no gradient passes through them: watch"
+            " them before the loss is computed, or patch the model with exclude=[the head's name]"
         )
     source.watched = True
 
@@ -307,7 +317,7 @@ def _stays_deferred(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 class _Defer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: _Source, hidden: Tensor, *trained: Tensor) -> DeferredLogits:
-        ctx.source = source
+        ctx.source, ctx.hidden = source, hidden
         shape = (*hidden.shape[:-1], source.vocabulary)
         return DeferredLogits(_Cell(source, torch.empty(shape, dtype=source.dtype, device="meta")))
 
@@ -375,10 +385,11 @@ def _fused_loss(
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     if transform is None or not source.unchanged():
         return None
-    if differentiable and not _comes_from(logits.grad_fn, source):
+    node = _node_of(logits.grad_fn, source) if differentiable else None
+    if differentiable and node is None:
         return None
     with torch.set_grad_enabled(differentiable):
-        hidden = _rows(source.hidden, chain)
+        hidden = _rows(source.hidden if node is None else node.hidden, chain)
         if hidden is None:
             return None
         head = source.head
@@ -397,6 +408,7 @@ def _fused_loss(
                 reduction=reduction,
                 softcap=transform.softcap,
                 logit_scale=transform.logit_scale,
+                through_norm=source.through_norm,
                 impl=source.record.impl,
             )
         source.fused += 1
@@ -455,8 +467,8 @@ def _rows(hidden: Tensor, chain: Sequence[_Cell]) -> Tensor | None:
     return hidden
 
 
-def _comes_from(node: Any, source: _Source) -> bool:
-    """Whether nothing but what the chain does lies between a node and the head."""
+def _node_of(node: Any, source: _Source) -> Any:
+    """The head's node, if nothing but what the chain does lies between `node` and it."""
     while type(node).__name__ in _NODES:
         node = node.next_functions[0][0]
-    return getattr(node, "source", None) is source
+    return node if getattr(node, "source", None) is source else None

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from peftfast.ops import recipes
 from peftfast.ops.cross_entropy import linear_cross_entropy
 from peftfast.ops.operands import autocast_dtype
 from peftfast.patching.bases import KINDS
@@ -195,21 +196,24 @@ def _enter(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return
     head = owner.get_output_embeddings()
     if head is not None and _RECORD in head.__dict__:
-        _labelled()[id(head)] = _has_labels(owner, args, kwargs)
+        _labelled()[id(head)] = owner if _has_labels(owner, args, kwargs) else None
+        asked = kwargs.get("output_hidden_states")
+        asked = getattr(owner.config, "output_hidden_states", False) if asked is None else asked
+        _threads.shown = bool(asked) or bool(args)
 
 
 def _exit(owner: Any, args: tuple[Any, ...], output: Any) -> Any:
     if torch.compiler.is_compiling():
         return None
     head = owner.get_output_embeddings()
-    if head is None or not _labelled().pop(id(head), False) or _has_loss(output):
+    if head is None or _labelled().pop(id(head), None) is None or _has_loss(output):
         return None
     return _with_logits(output)
 
 
-def _labelled() -> dict[int, bool]:
-    """For each head whose model is running in this thread, whether it was given labels."""
-    found: dict[int, bool] | None = getattr(_threads, "labelled", None)
+def _labelled() -> dict[int, Any]:
+    """For each head whose model is running in this thread, the model if it was given labels."""
+    found: dict[int, Any] | None = getattr(_threads, "labelled", None)
     if found is None:
         found = _threads.labelled = {}
     return found
@@ -311,7 +315,8 @@ def _causal_loss(
 
 def _deferred(module: Any, x: Tensor, read: Callable[[Any, Tensor], Head | str]) -> Tensor | None:
     """The head's logits, deferred; None where it is to run as it is."""
-    if torch.compiler.is_compiling() or not _labelled().get(id(module)):
+    owner = None if torch.compiler.is_compiling() else _labelled().get(id(module))
+    if owner is None:
         return None
     record = module.__dict__.get(_RECORD)
     if not isinstance(record, Record):
@@ -321,7 +326,31 @@ def _deferred(module: Any, x: Tensor, read: Callable[[Any, Tensor], Head | str])
     if isinstance(head, str):
         record.plain[head] = record.plain.get(head, 0) + 1
         return None
-    return defer(x, head, record)
+    return defer(x, head, record, _is_private(owner, x))
+
+
+def _is_private(owner: Any, x: Tensor) -> bool:
+    """Whether the gradient of the head's input, a norm's output, is nobody's business.
+
+    It is not where hidden states are returned, nor where hooks on the norm, or on a module around
+    it, may have taken hold of them.
+    """
+    found = recipes.source(x, "rms_norm", "layer_norm")
+    if found is None or _threads.shown:
+        return False
+    weights = {id(one) for one in found[2][1:]}
+    paths = {
+        path: module
+        for path, module in owner.named_modules()
+        if any(id(one) in weights for one in module._parameters.values())
+    }
+    around = [
+        owner.get_submodule(".".join(parts[:depth]))
+        for path in paths
+        for parts in [path.split(".")]
+        for depth in range(1, len(parts) + 1)
+    ]
+    return bool(around) and not any(_is_hooked(module) for module in around)
 
 
 def _call_reason(module: nn.Module, x: Tensor) -> str | None:

@@ -100,7 +100,8 @@ class Forward:
 
     def pack(self, tensor: Tensor) -> Any:
         if not self._goes(tensor):
-            return tensor
+            # With its graph, an output that its own node saves would be in a cycle.
+            return tensor if tensor.is_leaf else tensor.detach()
         with self._lock:
             self._free_what_left()
             key = (_key(tensor), tensor._version)
@@ -121,7 +122,7 @@ class Forward:
         with self._lock:
             tensor = packed.tensor()
             self._fetch_before(packed.away.place)
-            return tensor
+            return tensor if tensor.is_leaf else tensor.detach()
 
     def _free_what_left(self) -> None:
         """Free what was copied. The forward is queued far ahead of the GPU: it has to wait here, or

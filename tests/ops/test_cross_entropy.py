@@ -244,13 +244,13 @@ def test_the_gradient_goes_through_a_frozen_norm(kind: str) -> None:
 
     expected = _eager(good | {"hidden": norm(h)})
     (wanted,) = torch.autograd.grad(expected, h)
-    loss = linear_cross_entropy(**(good | {"hidden": norm(h)}))
+    loss = linear_cross_entropy(**(good | {"hidden": norm(h)}), through_norm=True)
     torch.testing.assert_close(loss, expected)
     (grad,) = torch.autograd.grad(loss, h)
     torch.testing.assert_close(grad, wanted)
 
     def forward() -> Tensor:
-        return linear_cross_entropy(**(good | {"hidden": norm(h * 1)}))
+        return linear_cross_entropy(**(good | {"hidden": norm(h * 1)}), through_norm=True)
 
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -267,7 +267,8 @@ def test_a_norm_that_trains_or_is_watched_keeps_its_own_backward() -> None:
     good = _good()
     h = good["hidden"].requires_grad_()
     scale = (torch.rand(IN, device=DEVICE) + 0.5).requires_grad_()
-    loss = linear_cross_entropy(**(good | {"hidden": rms_norm(h, scale, 1e-6)}))
+    options: dict[str, Any] = dict(through_norm=True)
+    loss = linear_cross_entropy(**(good | {"hidden": rms_norm(h, scale, 1e-6)}), **options)
     expected = _eager(good | {"hidden": rms_norm(h, scale, 1e-6)})
     for ours, own in zip(
         torch.autograd.grad(loss, [h, scale]),
@@ -277,8 +278,11 @@ def test_a_norm_that_trains_or_is_watched_keeps_its_own_backward() -> None:
         torch.testing.assert_close(ours, own)
     watched = rms_norm(h, scale.detach(), 1e-6)
     watched.retain_grad()
-    linear_cross_entropy(**(good | {"hidden": watched})).backward()
+    linear_cross_entropy(**(good | {"hidden": watched}), **options).backward()
     assert watched.grad is not None
+    unasked = rms_norm(h, scale.detach(), 1e-6)
+    loss = linear_cross_entropy(**(good | {"hidden": unasked}))
+    assert torch.autograd.grad(loss, unasked)[0].any()
 
 
 def _head(tokens: int = 2048, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:

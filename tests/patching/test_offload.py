@@ -91,6 +91,19 @@ def test_parameters_and_small_tensors_stay(
     assert type(forward.pack(large.to_sparse())) is Tensor
 
 
+def test_an_output_that_its_own_node_saves_is_no_cycle() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    offload.attach(model)
+    y = model(torch.ones(2, 3))
+    alive = weakref.ref(y)
+    gc.disable()
+    try:
+        del y
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_one_copy_of_a_storage(moved: list[int]) -> None:
     forward = offload.Forward(nn.Linear(1, 1))
     base = torch.arange(24.0).view(4, 6)
