@@ -122,7 +122,7 @@ class Forward:
         with self._lock:
             tensor = packed.tensor()
             self._fetch_before(packed.away.place)
-            return tensor if tensor.is_leaf else tensor.detach()
+            return tensor
 
     def _free_what_left(self) -> None:
         """Free what was copied. The forward is queued far ahead of the GPU: it has to wait here, or
