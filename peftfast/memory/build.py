@@ -60,6 +60,8 @@ def load_config(source: Any) -> Any:
         return source
     if isinstance(source, dict):
         return _from_dict(source, "the configuration")
+    if not str(source):
+        raise ConfigError("the name of a configuration is empty")
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
@@ -88,7 +90,7 @@ def _from_dict(values: dict[str, Any], name: str) -> Any:
     kind = values.get("model_type")
     if kind is None:
         raise ConfigError(f"{name} has no field model_type, which names the architecture")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ConfigError(f"{name}: transformers knows no architecture {kind!r} (model_type)")
     cls = CONFIG_MAPPING[kind]
     missing = _missing(cls, values)
@@ -97,7 +99,7 @@ def _from_dict(values: dict[str, Any], name: str) -> Any:
     try:
         config = cls.from_dict(values)
     except Exception as error:
-        raise ConfigError(f"{name}: {_first_line(error)}") from error
+        raise ConfigError(f"{name}: {_reason(error)}") from error
     _check_sizes(config, name)
     return config
 
@@ -195,7 +197,7 @@ def build(config: Any, recipe: Recipe) -> nn.Module:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"no model can be built: {_first_line(error)}") from error
+        raise ConfigError(f"no model can be built: {_reason(error)}") from error
     return prepare(model, recipe)
 
 
@@ -415,5 +417,7 @@ def _random_state() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) or not text else text

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -22,7 +23,14 @@ from rich.table import Table
 from transformers.utils import logging
 
 from peftfast.memory import build
-from peftfast.memory.estimating import DTYPES, MODES, POLICIES, Predictor
+from peftfast.memory.estimating import (
+    DTYPES,
+    MODES,
+    MOST_TOKENS,
+    POLICIES,
+    Predictor,
+    check_tokens,
+)
 from peftfast.memory.plot import NEEDS, draw
 from peftfast.memory.pretend import NeedsValues
 from peftfast.memory.profiles import GIB, PROFILES
@@ -32,7 +40,7 @@ from peftfast.memory.simulate import OPTIMIZERS
 from peftfast.memory.sizes import parse_size
 
 _STEP = 256  # tokens: how finely the longest sequence is looked for
-_MOST_TOKENS = 1 << 20
+_MOST_LENGTH = 1 << 20
 _MOST_SEQUENCES = 1 << 12
 _T = TypeVar("_T")
 
@@ -114,11 +122,16 @@ def main(args: argparse.Namespace) -> int:
 
     Returns:
         0; 1 where no model can be built from a configuration, something to draw with is missing, or
-        nothing at all fits the budget.
+        nothing at all fits the budget; 2 where a pass would have too many tokens.
     """
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         return _failed(NEEDS)
     budget = PROFILES[args.device].capacity if args.budget is None else args.budget
+    try:
+        check_tokens(max(args.batch), max(args.seq))
+    except ValueError as error:
+        _failed(str(error))
+        return 2
     try:
         with _progress(args.json) as say:
             found = _predict_all(args, budget, say)
@@ -172,6 +185,7 @@ def _predict(
     say: Callable[[str], None] = lambda text: None,
 ) -> Found:
     logging.set_verbosity_error()  # transformers' remarks on settings that are right here
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     config = build.load_config(source)
     name = Path(source).stem if source.endswith(".json") else Path(source).name
     found = Found()
@@ -205,7 +219,7 @@ def _predict(
                     functools.partial(needed, batch),
                     budget,
                     step=_STEP,
-                    limit=build.most_tokens(config) or _MOST_TOKENS,
+                    limit=min(build.most_tokens(config) or _MOST_LENGTH, MOST_TOKENS // batch),
                     known=known,
                 )
             found.lines.append(Line(name, method, batch, reports, longest))
@@ -215,7 +229,7 @@ def _predict(
                 functools.partial(_swapped, needed, first),
                 budget,
                 step=1,
-                limit=_MOST_SEQUENCES,
+                limit=min(_MOST_SEQUENCES, MOST_TOKENS // first),
                 known=known,
             )
     return found
@@ -257,6 +271,25 @@ def _print(found: dict[str, Found], budget: int | None, args: argparse.Namespace
             table.add_row(*row)
         table.add_section()
     console.print(table)
+    for note in _notes(args):
+        console.print(note)
+
+
+def _notes(args: argparse.Namespace) -> list[str]:
+    """What a configuration says that these predictions don't follow."""
+    notes = []
+    for source in dict.fromkeys(args.models):
+        config = build.load_config(source)
+        dense = [method for method in args.method if not method.startswith("qlora")]
+        if getattr(config, "quantization_config", None) is not None and dense:
+            notes.append(
+                f"{source} has a quantization_config, which {', '.join(dense)} here does not"
+                " follow: the base is predicted unquantised. --method qlora is 4-bit NF4."
+            )
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and max(args.seq) > most:
+            notes.append(f"{source} is made for {most:,} tokens (max_position_embeddings).")
+    return notes
 
 
 def _cell(report: MemoryReport, budget: int | None) -> str:
@@ -268,6 +301,7 @@ def _as_json(found: dict[str, Found], budget: int | None, args: argparse.Namespa
     return {
         "device_profile": args.device,
         "budget": budget,
+        "notes": _notes(args),
         "models": [
             {
                 "source": source,
@@ -325,6 +359,8 @@ def _listed(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
+    if int(text) > MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MOST_TOKENS:,}")
     return int(text)
 
 

@@ -13,6 +13,7 @@ from peftfast.memory.profiles import PROFILES, DeviceProfile
 from peftfast.memory.report import MemoryReport, report_of
 from peftfast.memory.trace import INDEX, Trace, extrapolate
 
+MOST_TOKENS = 1 << 25  # of a pass
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -138,6 +139,7 @@ class Predictor:
 
     def report(self, batch: int, seq: int) -> MemoryReport:
         """The prediction for a size; kept."""
+        check_tokens(batch, seq)
         if (batch, seq) not in self._reports:
             profile, optimizer, mode, accumulate = self._step
             step = _Step(profile, batch, seq, optimizer, mode, accumulate)
@@ -228,8 +230,16 @@ def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = DTYPES.get(dtype.removeprefix("torch."), dtype)
     if dtype not in DTYPES.values():
-        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     return dtype  # type: ignore[return-value]
+
+
+def check_tokens(batch: int, seq: int) -> None:
+    """Raise ValueError for a pass of more tokens than a prediction goes through in a while."""
+    if batch * seq > MOST_TOKENS:
+        raise ValueError(
+            f"{batch:,} x {seq:,} tokens are more than the {MOST_TOKENS:,} that a pass may have"
+        )
 
 
 def _check(
@@ -239,6 +249,7 @@ def _check(
     for name, value in (("batch", batch), ("seq", seq), ("adapter_slots", slots)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}; a positive whole number is needed")
+    check_tokens(batch, seq)
     for name, choice, allowed in (
         ("optimizer", optimizer, simulate.OPTIMIZERS),
         ("memory", memory, POLICIES),

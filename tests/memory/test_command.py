@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from peftfast import cli
-from peftfast.memory import fit, plot
+from peftfast.memory import PROFILES, fit, fitting, plot
 from peftfast.memory.build import load_config
 from peftfast.memory.fitting import DoesNotFit
 from peftfast.memory.search import largest
@@ -53,7 +55,7 @@ def test_the_table_marks_what_does_not_fit(tiny: str, capsys: pytest.CaptureFixt
     arguments = ["memory", tiny, "--method", "lora", "--seq", "64,65536", "--no-search"]
     assert cli.main([*arguments, "--budget", "1500MiB"]) == 0
     out = capsys.readouterr().out
-    (row,) = [line for line in out.splitlines() if "tiny" in line]
+    (row,) = [line for line in out.splitlines() if line.startswith("│ tiny")]
     assert row.count("*") == 1 and "0.5" in row
     assert "Predicted, not measured" in out
 
@@ -185,3 +187,80 @@ def test_fit_says_what_the_least_is() -> None:
         fit(config("llama"), "100MiB", method="lora", seq=64)
     with pytest.raises(ValueError, match="budget is 0"):
         fit(config("llama"), 0)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [["--seq", "999999999999"], ["--batch", "9" * 30], ["--batch", "100000", "--seq", "1024"]],
+)
+def test_more_tokens_than_are_simulated(
+    tiny: str, sizes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = cli.main(["memory", tiny, "--method", "lora", *sizes])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert "more than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is torch.int8; allowed: bfloat16"),
+        ({"model_type": ["llama"]}, "knows no architecture"),
+        ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
+        ({"hidden_size": 65}, "65.* is not a multiple of the number of attention heads"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+    ],
+)
+def test_what_is_wrong_with_a_configuration(
+    tiny: str,
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(Path(tiny).read_text()) | changes))
+    assert cli.main(["memory", str(path), "--method", "lora", "--seq", "64"]) == 1
+    found = capsys.readouterr().err.strip()
+    assert re.search(message, found), found
+    assert found.startswith("peftfast memory: ") and "\n" not in found
+
+
+def test_an_empty_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", ""]) == 1
+    assert "is empty" in capsys.readouterr().err
+
+
+def test_what_predictions_do_not_follow_is_said(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    values = json.loads(Path(tiny).read_text())
+    four_bit = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps(values | {"quantization_config": four_bit}))
+    long = "4096"
+    arguments = ["memory", str(path), "--method", "lora", "--seq", long, "--no-search"]
+    assert cli.main(arguments) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "predicted unquantised" in out and "is made for" in out
+    assert cli.main([*arguments[:4], "--seq", "64", "--no-search", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["notes"]) == 1
+
+
+def test_fit_offloads_where_only_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; on a CPU what is kept is in host memory already."""
+
+    def predicted(source: Any, *, batch: int, memory: str, **settings: Any) -> Any:
+        each = 10 if memory == "offload" else 1000
+        return SimpleNamespace(needed_bytes=(1 << 20) + each * batch)
+
+    monkeypatch.setattr(fitting, "estimate", predicted)
+    found = fit("config.json", (1 << 20) + 100, batch=4)
+    assert (found.memory, found.checkpointing, found.batch) == ("offload", False, 4)
+    assert "host memory" in found.reasons[-1] and len(found.reasons) == 4
+    for profile in ("cpu", PROFILES["cpu"]):
+        with pytest.raises(DoesNotFit):
+            fit("config.json", (1 << 20) + 100, batch=4, device_profile=profile)
