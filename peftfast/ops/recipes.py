@@ -8,9 +8,10 @@ whole segments; here nothing that costs a matrix product is ever computed again.
 
 A tag is an attribute of the tensor object. It is lost by `detach()` and by views, except by those
 of a whole contiguous tensor. It is not believed where the tensor or an input of its recipe was
-changed in place, nor outside of the region of saved-tensor hooks (a non-reentrant checkpoint, for
-example) in which it was made; after such a region its tags let go of what they hold. Leaves are
-saved detached, so that a later change in place raises in the backward.
+changed in place (a change through `.data` can't be seen), nor outside of the region of saved-tensor
+hooks (a non-reentrant checkpoint, for example) in which it was made; after such a region its tags
+let go of what they hold. Leaves are saved detached, so that a later change in place raises in the
+backward.
 """
 
 from __future__ import annotations
