@@ -375,8 +375,10 @@ def _reduced(losses: Tensor, target: Tensor, settings: _Settings) -> Tensor:
     """The loss of flat losses, which are zero where they are ignored; "none" stays flat."""
     if settings.reduction == "none":
         return losses
-    total = losses.sum()
-    return total if settings.reduction == "sum" else total / _count(target, settings)
+    total = losses.sum(dtype=torch.float64)
+    if settings.reduction == "mean":
+        total = total / _count(target, settings)
+    return total.to(losses.dtype)
 
 
 def _count(target: Tensor, settings: _Settings) -> Tensor:
