@@ -10,14 +10,16 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers.utils import logging
@@ -42,6 +44,7 @@ from peftfast.memory.sizes import parse_size
 _STEP = 256  # tokens: how finely the longest sequence is looked for
 _MOST_LENGTH = 1 << 20
 _MOST_SEQUENCES = 1 << 12
+_UNBOUNDED = 1 << 16  # characters: wider than any table
 _T = TypeVar("_T")
 
 
@@ -133,7 +136,7 @@ def main(args: argparse.Namespace) -> int:
         _failed(str(error))
         return 2
     try:
-        with _progress(args.json) as say:
+        with _progress(args.json) as say, _without_future_warnings():
             found = _predict_all(args, budget, say)
     except (build.ConfigError, NeedsValues) as error:
         return _failed(str(error))
@@ -184,8 +187,14 @@ def _predict(
     budget: int | None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Found:
+    with _without_future_warnings():  # of this process, which may be one of several
+        return _predicted(source, args, budget, say)
+
+
+def _predicted(
+    source: str, args: argparse.Namespace, budget: int | None, say: Callable[[str], None]
+) -> Found:
     logging.set_verbosity_error()  # transformers' remarks on settings that are right here
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     config = build.load_config(source)
     name = Path(source).stem if source.endswith(".json") else Path(source).name
     found = Found()
@@ -239,40 +248,78 @@ def _swapped(needed: Callable[[int, int], int], seq: int, batch: int) -> int:
     return needed(batch, seq)
 
 
+@contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """transformers' remarks on names that it will drop are not for the reader of a table."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")
+        yield
+
+
 def _print(found: dict[str, Found], budget: int | None, args: argparse.Namespace) -> None:
     console = Console()
     if not console.is_terminal:  # nothing to wrap for
-        console = Console(width=200)
+        console = Console(width=_UNBOUNDED)
     how = "plain" if args.plain else f"peftfast.patch, memory={args.memory!r}"
     how += ", with checkpointing" if args.checkpointing else ", without checkpointing"
     limit = "" if budget is None else f"; * does not fit {size(budget)}"
-    searched = budget is not None and not args.no_search
-    table = Table(
-        title=f"GiB needed, {args.mode}, {PROFILES[args.device].description}, {how}{limit}",
-        title_justify="left",
-        caption="Columns of numbers: tokens of a sequence. Most: the longest sequence, and the"
-        " largest batch of the shortest ones here, that fit. Predicted, not measured.",
-        caption_justify="left",
+    title = f"GiB needed, {args.mode}, {PROFILES[args.device].description}, {how}{limit}"
+    tables = _tables(found, _columns(found, budget, args), console)
+    tables[0].title = title
+    tables[-1].caption = (
+        "Columns of numbers: tokens of a sequence. Most: the longest sequence, and the"
+        " largest batch of the shortest ones here, that fit. Predicted, not measured."
     )
-    table.add_column("model", no_wrap=True)
-    table.add_column("method", no_wrap=True)
-    for header in ["batch", *(f"{seq:,}" for seq in args.seq)]:
-        table.add_column(header, justify="right", no_wrap=True)
-    if searched:
-        table.add_column("most tokens", justify="right")
-        table.add_column(f"most x {args.seq[0]:,}", justify="right")
+    for table in tables:
+        console.print(table)
+    for note in _notes(args):
+        console.print(note, markup=False, highlight=False)
+
+
+def _columns(
+    found: dict[str, Found], budget: int | None, args: argparse.Namespace
+) -> list[tuple[str, list[str]]]:
+    """Headers, and a cell for each line."""
+    lines = [(one, line) for one in found.values() for line in one.lines]
+    columns = [
+        (f"{seq:,}", [_cell(line.reports[i], budget) for _, line in lines])
+        for i, seq in enumerate(args.seq)
+    ]
+    if budget is not None and not args.no_search:
+        longest = [f"{line.longest:,}" if line.longest else "-" for _, line in lines]
+        batches = [str(one.batches[line.method] or "-") for one, line in lines]
+        columns += [("most tokens", longest), (f"most x {args.seq[0]:,}", batches)]
+    return columns
+
+
+def _tables(
+    found: dict[str, Found], columns: list[tuple[str, list[str]]], console: Console
+) -> list[Table]:
+    """One table, or below one another as many as it takes for the console's width."""
+    unbounded = console.options.update(max_width=_UNBOUNDED)
+    tables: list[Table] = []
+    while columns:
+        for count in range(len(columns), 0, -1):
+            table = _table(found, columns[:count])
+            if Measurement.get(console, unbounded, table).maximum <= console.width:
+                break
+        tables.append(table)
+        columns = columns[count:]
+    return tables
+
+
+def _table(found: dict[str, Found], columns: list[tuple[str, list[str]]]) -> Table:
+    table = Table(title_justify="left", caption_justify="left")
+    for header in ("model", "method"):
+        table.add_column(header, overflow="fold")
+    for header in ("batch", *(header for header, _ in columns)):
+        table.add_column(header, justify="right", overflow="fold")
+    rows = zip(*(cells for _, cells in columns), strict=True)
     for one in found.values():
         for line in one.lines:
-            cells = [_cell(report, budget) for report in line.reports]
-            row = [escape(line.model), line.method, str(line.batch), *cells]
-            if searched:
-                batch = one.batches[line.method]
-                row += [f"{line.longest:,}" if line.longest else "-", str(batch or "-")]
-            table.add_row(*row)
+            table.add_row(escape(line.model), line.method, str(line.batch), *next(rows))
         table.add_section()
-    console.print(table)
-    for note in _notes(args):
-        console.print(note)
+    return table
 
 
 def _notes(args: argparse.Namespace) -> list[str]:

@@ -24,6 +24,8 @@ def largest(
         needed: bytes for a size.
         known: sizes and what they need, as far as that is known; added to.
     """
+    if limit < step:
+        return 0
     known = {} if known is None else known
 
     def at(count: int) -> int:

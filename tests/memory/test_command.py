@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from peftfast import cli
-from peftfast.memory import PROFILES, fit, fitting, plot
+from peftfast.memory import PROFILES, command, fit, fitting, plot
 from peftfast.memory.build import load_config
 from peftfast.memory.fitting import DoesNotFit
 from peftfast.memory.search import largest
@@ -212,6 +213,7 @@ def test_more_tokens_than_are_simulated(
         ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
         ({"hidden_size": 65}, "65.* is not a multiple of the number of attention heads"),
         ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"rope_parameters": {"rope_type": "none", "rope_theta": 1e4}}, "KeyError: 'none'"),
     ],
 )
 def test_what_is_wrong_with_a_configuration(
@@ -227,6 +229,127 @@ def test_what_is_wrong_with_a_configuration(
     found = capsys.readouterr().err.strip()
     assert re.search(message, found), found
     assert found.startswith("peftfast memory: ") and "\n" not in found
+
+
+def test_no_search_beyond_the_most_tokens(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With so many sequences not even the shortest length that is looked at is within the limit."""
+    arguments = ["memory", tiny, "--method", "lora", "--batch", str(1 << 20), "--seq", "2"]
+    assert cli.main(arguments) == 1
+    assert "nothing fits" in capsys.readouterr().err
+    assert largest(lambda size: 5, 10, step=256, limit=255) == 0
+
+
+def test_future_warnings_of_transformers_are_silent_in_the_command_alone(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = command.build.load_config
+
+    def warning(source: Any) -> Any:
+        for module in ("transformers.modeling_utils", "transformersish", "peft.mapping"):
+            warnings.warn_explicit(f"{module} changes", FutureWarning, "x.py", 1, module=module)
+        warnings.warn_explicit("odd", UserWarning, "x.py", 1, module="transformers.modeling_utils")
+        return load(source)
+
+    monkeypatch.setattr(command.build, "load_config", warning)
+    arguments = ["memory", tiny, "--method", "lora", "--seq", "64", "--no-search", "--plain"]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        monkeypatch.setattr(command, "_notes", lambda args: [])
+        assert cli.main(arguments) == 0
+        assert warnings.filters == before
+    texts = {str(one.message) for one in seen}
+    assert {"transformersish changes", "peft.mapping changes", "odd"} <= texts
+    assert "transformers.modeling_utils changes" not in texts
+
+
+def _predictions(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """Options for so many lengths, and predictions that are there at once."""
+
+    def predicted(source: str, args: Any, budget: Any, say: Any) -> command.Found:
+        reports: list[Any] = [
+            SimpleNamespace(needed_bytes=(seq << 30) // 16, fits=lambda budget: True)
+            for seq in args.seq
+        ]
+        line = command.Line("[red]a-model", "lora", 1, reports, 123_456)
+        return command.Found([line], {"lora": 789})
+
+    monkeypatch.setattr(command, "_predict", predicted)
+    return ["--method", "lora", "--seq", ",".join(str(1000 + i) for i in range(count))]
+
+
+def _contents(out: str) -> tuple[list[list[str]], list[list[str]]]:
+    """The cells of the headers and of the rows of all tables."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out)
+    heads = [line for line in plain.splitlines() if line.startswith("┃")]
+    rows = [line for line in plain.splitlines() if line.startswith("│")]
+    return (
+        [[cell.strip() for cell in line.strip("┃").split("┃")] for line in heads],
+        [[cell.strip() for cell in line.strip("│").split("│")] for line in rows],
+    )
+
+
+def test_a_table_is_as_wide_as_it_needs(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(["memory", tiny, *_predictions(monkeypatch, 60)]) == 0
+    ((head,), (row,)) = _contents(capsys.readouterr().out)
+    lengths = range(1000, 1060)
+    assert head == [
+        "model", "method", "batch", *(f"{n:,}" for n in lengths), "most tokens", "most x 1,000",
+    ]  # fmt: skip
+    assert row[0] == "[red]a-model"
+    assert row[3:] == [*(f"{n / 16:.1f}" for n in lengths), "123,456", "789"]
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_table_is_folded_for_a_terminal(
+    columns: int,
+    tiny: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Into tables below one another: nothing is cut off."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert cli.main(["memory", tiny, *_predictions(monkeypatch, 30)]) == 0
+    out = capsys.readouterr().out
+    heads, rows = _contents(out)
+    lengths = range(1000, 1030)
+    assert len(heads) == len(rows) > 1
+    assert all(row[:3] == ["[red]a-model", "lora", "1"] for row in rows)
+    names = [name for head in heads for name in head[3:]]
+    cells = [cell for row in rows for cell in row[3:]]
+    assert names == [*(f"{n:,}" for n in lengths), "most tokens", "most x 1,000"]
+    assert cells == [*(f"{n / 16:.1f}" for n in lengths), "123,456", "789"]
+    widths = [len(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line)) for line in out.splitlines()]
+    assert max(widths) <= columns
+    assert out.count("GiB needed") == out.count("Columns of") == 1
+
+
+def test_a_name_wider_than_the_terminal_is_folded(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    arguments = _predictions(monkeypatch, 1)
+    name = "".join(chr(ord("a") + i % 26) for i in range(60))
+    predicted = command._predict
+
+    def renamed(*given: Any) -> command.Found:
+        found = predicted(*given)
+        found.lines[0].model = name
+        return found
+
+    monkeypatch.setattr(command, "_predict", renamed)
+    assert cli.main(["memory", tiny, *arguments, "--no-search"]) == 0
+    _, rows = _contents(capsys.readouterr().out)
+    assert "".join(row[0] for row in rows) == name
 
 
 def test_an_empty_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,6 +220,8 @@ def test_optimizers(optimizer: str, moments: int) -> None:
         ({"mode": "test"}, "mode is 'test'; allowed: train, generate"),
         ({"device_profile": "v100"}, "device_profile is 'v100'; allowed: a100-40gb"),
         ({"adapter_slots": 0}, "adapter_slots is 0"),
+        ({"batch": 1 << 20, "seq": 64}, "1,048,576 x 64 tokens are more than the 33,554,432"),
+        ({"seq": 10**30}, "more than the 33,554,432"),
     ],
 )
 def test_wrong_arguments_are_refused(wrong: dict[str, Any], message: str) -> None:
