@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peftfast.ops import nf4
 from peftfast.ops.activation import activation, gated_activation
+from peftfast.ops.cross_entropy import linear_cross_entropy
 from peftfast.ops.dispatch import Impl, ImplUnavailable
 from peftfast.ops.dropout import dropout
 from peftfast.ops.embedding import embedding
@@ -18,6 +19,7 @@ __all__ = [
     "embedding",
     "gated_activation",
     "layer_norm",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",
     "lora_linear_reasons",
