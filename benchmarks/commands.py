@@ -33,6 +33,7 @@ def list_benchmarks() -> int:
     """Prints every benchmark, the command that it belongs to and what it shows."""
     cells = [[f"traffic {b.name}", b.summary] for b in counted_benchmarks().values()]
     cells += [[f"run {b.name}", b.summary] for b in timed_benchmarks().values()]
+    cells.append(["saved", "what a forward keeps for its backward: PEFT as it is, and patched"])
     out = console(to_stderr=False)
     for command, summary in cells:
         out.print(f"{command:24} {summary}")

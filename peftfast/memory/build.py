@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast.patching import patch, unpatch
+from peftfast.patching.state import state_of
 
 METHODS = ("full", "lora", "qlora")
 DEFAULT_RANK = 16
@@ -351,9 +351,13 @@ def _patch(model: nn.Module, memory: str) -> None:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="nothing was fused")
-        policies = inspect.signature(patch).parameters
-        options: dict[str, Any] = {"memory": memory} if "memory" in policies else {}
-        patch(model, **options)
+        patch(model, memory=memory)
+
+
+def policy_of(model: nn.Module) -> str | None:
+    """The memory policy of a patched model; None where it is not patched."""
+    states = (state_of(module) for module in model.modules())
+    return next((state.memory for state in states if state is not None), None)
 
 
 def twin(model: nn.Module) -> nn.Module:

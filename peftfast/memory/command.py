@@ -108,10 +108,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: the configuration's")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: adamw")
     parser.add_argument("--checkpointing", action="store_true", help="recompute every layer")
-    parser.add_argument(
+    patching = parser.add_mutually_exclusive_group()
+    patching.add_argument(
         "--memory", choices=POLICIES, default="recompute", help="the policy of peftfast.patch"
     )
-    parser.add_argument("--plain", action="store_true", help="without peftfast.patch")
+    patching.add_argument("--plain", action="store_true", help="without peftfast.patch")
     parser.add_argument("--mode", choices=MODES, default="train", help="default: train")
     parser.add_argument(
         "--no-search", action="store_true", help="not the longest sequence and largest batch"

@@ -12,6 +12,7 @@ from peftfast.memory.build import ConfigError, Recipe
 from peftfast.memory.profiles import PROFILES, DeviceProfile
 from peftfast.memory.report import MemoryReport, report_of
 from peftfast.memory.trace import INDEX, Trace, extrapolate
+from peftfast.patching.rewire import POLICIES
 
 MOST_TOKENS = 1 << 25  # of a pass
 DTYPES = {
@@ -20,7 +21,6 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-POLICIES = ("recompute", "keep", "compress", "offload")
 MODES = ("train", "generate")
 
 
@@ -35,7 +35,7 @@ def estimate(
     checkpointing: bool = False,
     memory: str = "recompute",
     device_profile: str | DeviceProfile = "a100-40gb",
-    patched: bool = True,
+    patched: bool | None = None,
     four_bit: bool = False,
     mode: str = "train",
     adapter_slots: int = 1,
@@ -60,9 +60,10 @@ def estimate(
         optimizer: "adamw" and "sgd" (torch's), "adamw_fused", "adamw_8bit" (bitsandbytes'), or
             "none". Its state counts from the start, as in every step but the first.
         checkpointing: recompute every layer in the backward. A model that does so already does.
-        memory: the policy of `peftfast.patch`.
+        memory: the policy of `peftfast.patch`, where `patched` says that it is called.
         device_profile: one of `peftfast.memory.PROFILES`, by name, or one of your own.
-        patched: whether `peftfast.patch` is called.
+        patched: whether `peftfast.patch` is called. None: for a configuration it is; a model is
+            taken as it is, patched with the policy that it has, or not patched.
         four_bit: put the linears of the base in 4 bits for a method that is a config of PEFT.
         mode: "train", or "generate": the prompt's pass and a step of decoding, with the whole
             cache of keys and values.
@@ -109,7 +110,7 @@ class Predictor:
         checkpointing: bool = False,
         memory: str = "recompute",
         device_profile: str | DeviceProfile = "a100-40gb",
-        patched: bool = True,
+        patched: bool | None = None,
         four_bit: bool = False,
         mode: str = "train",
         adapter_slots: int = 1,
@@ -118,6 +119,10 @@ class Predictor:
         self._profile = _profile(device_profile)
         self._slots = adapter_slots
         live = isinstance(source, nn.Module)
+        if patched is None and live:
+            own = build.policy_of(source)
+            patched, memory = own is not None, own or memory
+        patched = patched is not False
         chosen = build.dtype_of(source) if live else _dtype(dtype, source)
         recipe = Recipe(method, chosen, four_bit, patched, memory, checkpointing)
         self._models: Models = _Twin(source, recipe) if live else Models(source, recipe)
@@ -145,7 +150,8 @@ class Predictor:
             step = _Step(profile, batch, seq, optimizer, mode, accumulate)
             trace = _with_slots(self._models.trace(step), self._slots)
             of = self._settings
-            what = f"{of['model']}, {of['method'] or 'as it is'}, {batch} x {seq} tokens"
+            how = f"patched, memory={of['memory']!r}" if of["patched"] else "not patched"
+            what = f"{of['model']}, {of['method'] or 'as it is'}, {how}, {batch} x {seq} tokens"
             settings = {**of, "batch": batch, "seq": seq}
             largest = max((moment.size for moment in trace.moments), default=0)
             report = report_of(trace, profile, f"{what}, {profile.name}", settings, largest)

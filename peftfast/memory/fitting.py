@@ -82,6 +82,7 @@ def fit(
     reasons: list[str] = []
     found: list[tuple[int, bool, str, MemoryReport]] = []
     smallest = math.inf
+    options.setdefault("patched", True)  # a live model too: what is looked for is how to patch it
     profile = options.get("device_profile", "a100-40gb")
     on_cpu = getattr(profile, "kind", profile) == "cpu"
     for checkpointing, memory, cost in WAYS:

@@ -144,7 +144,7 @@ def test_a_live_model_is_left_as_it_is() -> None:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     kinds = {name: type(module) for name, module in model.named_modules()}
     state = torch.get_rng_state()
-    live = estimate(model, batch=2, seq=64, device_profile="cpu")
+    live = estimate(model, batch=2, seq=64, patched=True, device_profile="cpu")
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -155,14 +155,21 @@ def test_a_live_model_is_left_as_it_is() -> None:
     assert live.peak_bytes == from_config.peak_bytes
 
 
-def test_a_patched_live_model_is_predicted_as_patched_and_plain() -> None:
+def test_a_live_model_is_taken_as_it_is_unless_asked() -> None:
     model = peft.get_peft_model(building.model_class(config("llama"))(config("llama")), lora())
-    plain = estimate(model, batch=2, seq=128, patched=False, device_profile="cpu")
-    patched = estimate(model, batch=2, seq=128, device_profile="cpu")
-    peftfast.patch(model)
-    assert estimate(model, batch=2, seq=128, device_profile="cpu").peak_bytes == patched.peak_bytes
-    unpatched = estimate(model, batch=2, seq=128, patched=False, device_profile="cpu")
-    assert unpatched.peak_bytes == plain.peak_bytes
+    options: dict[str, Any] = dict(batch=2, seq=128, device_profile="cpu")
+    plain, patched = (estimate(model, patched=patched, **options) for patched in (False, True))
+    keeping = estimate(model, patched=True, memory="keep", **options)
+    assert patched.peak_bytes < min(keeping.peak_bytes, plain.peak_bytes)
+    as_it_is = estimate(model, **options)
+    assert as_it_is.peak_bytes == plain.peak_bytes and "not patched" in as_it_is.what
+    for memory, expected in (("recompute", patched), ("keep", keeping)):
+        peftfast.patch(model, memory=memory)
+        as_it_is = estimate(model, **options)
+        assert as_it_is.peak_bytes == expected.peak_bytes
+        assert f"patched, memory={memory!r}" in as_it_is.what
+        assert as_it_is.settings["memory"] == memory
+    assert estimate(model, patched=False, **options).peak_bytes == plain.peak_bytes
 
 
 def test_a_real_step_runs_after_a_prediction() -> None:

@@ -35,7 +35,7 @@ def test_a_measured_step_agrees_with_its_prediction(patched: bool) -> None:
 
     step()
     measured = measure(step, model=model, optimizer=optimizer)
-    predicted = estimate(model, batch=2, seq=128, patched=patched, device_profile="cpu")
+    predicted = estimate(model, batch=2, seq=128, device_profile="cpu")
     assert abs(predicted.peak_bytes - measured.peak_bytes) <= 0.02 * measured.peak_bytes
     for name in ("base weights", "adapters", "saved activations", "logits and loss"):
         ours, theirs = predicted.by_class[name], measured.by_class[name]
