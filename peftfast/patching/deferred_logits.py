@@ -53,12 +53,15 @@ _READS = {
 class Record:
     """What a head's losses came to: how many were computed without logits, how often logits were
     made all the same, and how often the head ran as it is, by reason.
+
+    `around` is what was found of the modules around the norm before the head.
     """
 
     impl: str
     fused: int = 0
     made: int = 0
     plain: dict[str, int] = dataclasses.field(default_factory=dict)
+    around: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"impl": self.impl, "fused": 0, "made": 0, "plain": {}}

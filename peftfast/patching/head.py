@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -326,10 +327,10 @@ def _deferred(module: Any, x: Tensor, read: Callable[[Any, Tensor], Head | str])
     if isinstance(head, str):
         record.plain[head] = record.plain.get(head, 0) + 1
         return None
-    return defer(x, head, record, _is_private(owner, x))
+    return defer(x, head, record, _is_private(owner, x, record))
 
 
-def _is_private(owner: Any, x: Tensor) -> bool:
+def _is_private(owner: Any, x: Tensor, record: Record) -> bool:
     """Whether the gradient of the head's input, a norm's output, is nobody's business.
 
     It is not where hidden states are returned, nor where hooks on the norm, or on a module around
@@ -338,19 +339,69 @@ def _is_private(owner: Any, x: Tensor) -> bool:
     found = recipes.source(x, "rms_norm", "layer_norm")
     if found is None or _threads.shown:
         return False
-    weights = {id(one) for one in found[2][1:]}
-    paths = {
-        path: module
-        for path, module in owner.named_modules()
-        if any(id(one) in weights for one in module._parameters.values())
-    }
-    around = [
-        owner.get_submodule(".".join(parts[:depth]))
-        for path in paths
-        for parts in [path.split(".")]
-        for depth in range(1, len(parts) + 1)
-    ]
-    return bool(around) and not any(_is_hooked(module) for module in around)
+    weights = found[2][1:]
+    around: _Around | None = record.around
+    if around is None or not around.is_in_place(owner, weights):
+        around = record.around = _Around(owner, weights)
+    return not around.is_hooked()
+
+
+class _Around:
+    """The modules of a model that hold a norm's parameters, and those around them.
+
+    A walk through the whole model finds them; it is good for as long as each is where it was found.
+    """
+
+    def __init__(self, owner: nn.Module, weights: tuple[Tensor, ...]) -> None:
+        self._owner = weakref.ref(owner)
+        self._weights = [weakref.ref(weight) for weight in weights]
+        self._held: list[_Place] = []
+        self._placed: list[_Place] = []
+        wanted = {id(weight) for weight in weights}
+        found: dict[int, nn.Module] = {}
+        parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in owner.modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in wanted:
+                    self._held.append(_place(module, name, parameter))
+                    found[id(module)] = module
+            for name, child in module._modules.items():
+                parents.setdefault(id(child), []).append((module, name))
+        waiting = list(found.values())
+        for module in waiting:
+            for parent, name in parents.get(id(module), ()):
+                self._placed.append(_place(parent, name, module))
+                if parent is not owner and id(parent) not in found:
+                    found[id(parent)] = parent
+                    waiting.append(parent)
+        self._modules = [weakref.ref(module) for module in found.values()]
+
+    def is_in_place(self, owner: nn.Module, weights: tuple[Tensor, ...]) -> bool:
+        if self._owner() is not owner or len(weights) != len(self._weights):
+            return False
+        if any(ref() is not weight for ref, weight in zip(self._weights, weights, strict=True)):
+            return False
+        return all(_is_there(place, "_modules") for place in self._placed) and all(
+            _is_there(place, "_parameters") for place in self._held
+        )
+
+    def is_hooked(self) -> bool:
+        """Whether any of them is, or none was found."""
+        modules = [ref() for ref in self._modules]
+        return not modules or any(module is None or _is_hooked(module) for module in modules)
+
+
+_Place = tuple[weakref.ref[Any], str, weakref.ref[Any]]  # a module, a name in it, and what is there
+
+
+def _place(module: nn.Module, name: str, value: Any) -> _Place:
+    return weakref.ref(module), name, weakref.ref(value)
+
+
+def _is_there(place: _Place, names: str) -> bool:
+    module, name, value = place
+    holder, held = module(), value()
+    return holder is not None and held is not None and getattr(holder, names).get(name) is held
 
 
 def _call_reason(module: nn.Module, x: Tensor) -> str | None:

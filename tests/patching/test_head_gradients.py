@@ -90,6 +90,39 @@ def test_hooks_between_norm_and_loss(family: str, hook: str) -> None:
         torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=2e-5)
 
 
+class _Around(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.inner = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("where", ["beside", "around", "another model's"])
+def test_hooks_after_a_step(where: str) -> None:
+    """The modules around the norm are looked for once, and again where one has moved."""
+    peft = adapted()
+    ours = peftfast.patch(copy_of(peft))
+    train_step(ours, inputs_of())
+    record = ours.get_base_model().lm_head.__dict__["_peftfast_head"]
+    found = record.around
+    train_step(ours, inputs_of())
+    assert record.around is found
+    models = [peft, ours]
+    if where == "another model's":
+        models[1] = copy_of(ours)
+    for model in models:
+        norm = _norm(model)
+        if where == "around":
+            norm = model.get_base_model().model.norm = _Around(norm)
+        norm.register_full_backward_hook(_tripled)
+    expected, got = (train_step(model, inputs_of()) for model in models)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=2e-5)
+    assert (record.around is found) == (where != "around")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_that_are_returned_have_gradients(family: str) -> None:
     peft = adapted(family)
