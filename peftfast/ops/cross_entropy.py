@@ -22,6 +22,7 @@ from peftfast.ops.operands import (
     OneOrMore,
     as_list,
     autocast_dtype,
+    check_adapter,
     check_input,
     check_operand,
     check_seed,
@@ -188,27 +189,12 @@ def _checked(
         raise ValueError(f"lora_a has {len(a)} adapters and lora_b has {len(b)}")
     for i, (a_i, b_i) in enumerate(zip(a, b, strict=True)):
         at = "" if isinstance(lora_a, Tensor) else f"[{i}]"
-        _check_adapter(x, weight, a_i, b_i, at)
+        check_adapter(x, weight.shape[0], a_i, b_i, at, "hidden", "vocabulary")
     scales = factors(scaling, len(a), "scaling")
     drops = probabilities(dropout_p, len(a), "dropout_p")
     if seed is not None:
         check_seed(x, seed, len(a))
     return _Head(x, weight, bias, target.reshape(-1), a, b, scales, drops, seed)
-
-
-def _check_adapter(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, at: str) -> None:
-    for name, value in ((f"lora_a{at}", a), (f"lora_b{at}", b)):
-        check_operand(x, value, name, 2, any_dtype=True)
-        if value.dtype not in (x.dtype, torch.float32):
-            raise TypeError(
-                f"{name} is {value.dtype}; with hidden of {x.dtype} adapters are {x.dtype} or"
-                " torch.float32"
-            )
-    if a.shape[0] < 1 or a.shape[1] != x.shape[-1]:
-        raise ValueError(f"lora_a{at} is {shape(a)}; [r, {x.shape[-1]}] is needed, r at least 1")
-    if b.shape != (weight.shape[0], a.shape[0]):
-        needed = [weight.shape[0], a.shape[0]]
-        raise ValueError(f"lora_b{at} is {shape(b)}; [vocabulary, r] is {needed} here")
 
 
 def _settings(

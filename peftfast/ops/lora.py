@@ -40,6 +40,7 @@ from peftfast.ops.operands import (
     OneOrMore,
     as_list,
     autocast_dtype,
+    check_adapter,
     check_input,
     check_operand,
     check_seed,
@@ -212,7 +213,8 @@ def _flatten(
         if len(a) != len(b):
             raise ValueError(f"lora_a{at} has {len(a)} adapters and lora_b{at} has {len(b)}")
         for i, (a_i, b_i) in enumerate(zip(a, b, strict=True)):
-            _check_adapter(x, w, a_i, b_i, at if isinstance(lora_a[j], Tensor) else f"{at}[{i}]")
+            one = at if isinstance(lora_a[j], Tensor) else f"{at}[{i}]"
+            check_adapter(x, w.shape[0], a_i, b_i, one)
         flat_a.extend(a)
         flat_b.extend(b)
         owners.extend([j] * len(a))
@@ -249,23 +251,6 @@ def _check_linear(x: Tensor, w: Weight, bias: Tensor | None, w_name: str, bias_n
     check_operand(x, bias, bias_name, 1, any_dtype=autocast_dtype(x) is not None)
     if bias.shape[0] != w.shape[0]:
         raise ValueError(f"{bias_name} is {shape(bias)}; {w_name} {shape(w)} needs [{w.shape[0]}]")
-
-
-def _check_adapter(x: Tensor, w: Weight, a: Tensor, b: Tensor, at: str) -> None:
-    for name, value in ((f"lora_a{at}", a), (f"lora_b{at}", b)):
-        check_operand(x, value, name, 2, any_dtype=True)
-        if value.dtype not in (x.dtype, torch.float32):
-            raise TypeError(
-                f"{name} is {value.dtype}; with x of {x.dtype} adapters are {x.dtype}"
-                " or torch.float32"
-            )
-    rank = a.shape[0]
-    if rank < 1:
-        raise ValueError(f"lora_a{at} is {shape(a)}: the rank must be at least 1")
-    if a.shape[1] != x.shape[-1]:
-        raise ValueError(f"lora_a{at} is {shape(a)}; x {shape(x)} needs [r, {x.shape[-1]}]")
-    if b.shape != (w.shape[0], rank):
-        raise ValueError(f"lora_b{at} is {shape(b)}; [out, r] is [{w.shape[0]}, {rank}] here")
 
 
 # Running: eager calls go through an autograd.Function, compiled ones through the library op; both

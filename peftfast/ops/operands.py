@@ -49,6 +49,30 @@ def check_operand(x: Tensor, value: Tensor, name: str, ndim: int, any_dtype: boo
         )
 
 
+def check_adapter(
+    x: Tensor, out_features: int, a: Tensor, b: Tensor, at: str, x_name: str = "x", out: str = "out"
+) -> None:
+    """Hold one adapter's A and B to x [..., in] and a base of `out_features`.
+
+    `at` is what follows their names in errors, an index as a rule; `out` names those features.
+    """
+    for name, value in ((f"lora_a{at}", a), (f"lora_b{at}", b)):
+        check_operand(x, value, name, 2, any_dtype=True)
+        if value.dtype not in (x.dtype, torch.float32):
+            raise TypeError(
+                f"{name} is {value.dtype}; with {x_name} of {x.dtype} adapters are {x.dtype}"
+                " or torch.float32"
+            )
+    rank = a.shape[0]
+    if rank < 1:
+        raise ValueError(f"lora_a{at} is {shape(a)}: the rank must be at least 1")
+    if a.shape[1] != x.shape[-1]:
+        raise ValueError(f"lora_a{at} is {shape(a)}; {x_name} {shape(x)} needs [r, {x.shape[-1]}]")
+    if b.shape != (out_features, rank):
+        needed = [out_features, rank]
+        raise ValueError(f"lora_b{at} is {shape(b)}; [{out}, r] is {needed} here")
+
+
 def check_seed(x: Tensor, seed: Tensor, adapters: int) -> None:
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
