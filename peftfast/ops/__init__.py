@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peftfast.ops import nf4
 from peftfast.ops.activation import activation, gated_activation
+from peftfast.ops.bottleneck import bottleneck
 from peftfast.ops.cross_entropy import linear_cross_entropy
 from peftfast.ops.dispatch import Impl, ImplUnavailable
 from peftfast.ops.dropout import dropout
@@ -15,6 +16,7 @@ __all__ = [
     "Impl",
     "ImplUnavailable",
     "activation",
+    "bottleneck",
     "dropout",
     "embedding",
     "gated_activation",
