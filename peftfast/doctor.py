@@ -110,10 +110,16 @@ def diagnose() -> Diagnosis:
         devices=_devices(),
         libraries=[_library("cpu"), _library("cuda")],
         implementations=implementations,
-        registrations={"peft": [], "transformers": []},
+        registrations={"peft": _registered(), "transformers": []},
         environment={name: os.environ.get(name) for name in SETTINGS},
         wrong_settings=wrong_settings,
     )
+
+
+def _registered() -> list[str]:
+    """What `peftfast.methods` has added to PEFT in this process, where it has been imported."""
+    registration = sys.modules.get("peftfast.methods.registration")
+    return registration.registrations() if registration is not None else []
 
 
 def _found(variable: str, names: tuple[str, ...]) -> str | None:
@@ -210,6 +216,7 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
         console.print(table)
     for host, names in diagnosis.registrations.items():
         console.print(f"registered with {host}: {', '.join(names) or 'none'}", highlight=False)
+    console.print("importing peftfast.methods registers the type PEFTFAST with peft")
     for name, value in diagnosis.environment.items():
         if value is not None:
             console.print(f"{name}={value}", highlight=False, markup=False)

@@ -160,10 +160,12 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """What wrappers are around."""
-    while isinstance(inner := module._modules.get("base_layer"), nn.Module):
+    """What wrappers are around: adapters' base layer, or the original of a copy that trains."""
+    while True:
+        inner = module._modules.get("base_layer") or module._modules.get("original_module")
+        if inner is None:
+            return module
         module = inner
-    return module
 
 
 def _is_norm(module: nn.Module) -> bool:

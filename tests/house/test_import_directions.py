@@ -1,5 +1,5 @@
-"""Imports go one way: patching, serving, memory, methods -> nn -> ops -> {native, kernels} ->
-reference (kernels import nothing of it).
+"""Imports go one way: analysis, serving, memory -> patching -> methods -> nn -> ops ->
+{native, kernels} -> reference (kernels import nothing of it).
 
 The files are parsed, not imported, so that a lazy import inside a function counts too.
 """
@@ -15,10 +15,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TOP = ("patching", "serving", "memory", "methods")
+BELOW = ("nn", "ops", "reference")
 LOWER: dict[str, tuple[str, ...]] = {
-    **{name: ("nn", "ops", "reference") for name in TOP},
-    "memory": ("patching", "nn", "ops", "reference"),  # predictions are of patched models
+    "memory": ("patching", "methods", *BELOW),  # predictions are of patched models
+    "serving": ("methods", *BELOW),
+    "analysis": ("methods", *BELOW),
+    "patching": ("methods", *BELOW),
+    "methods": BELOW,
     "nn": ("ops", "reference"),
     "ops": ("native", "reference"),
     "native": ("reference",),

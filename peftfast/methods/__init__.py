@@ -1,0 +1,56 @@
+"""Methods of parameter-efficient fine-tuning that PEFT lacks, declared as lists of components and
+registered with PEFT.
+
+    model = peft.get_peft_model(model, peftfast.methods.HoulsbyConfig(bottleneck=64))
+
+gives a real `peft.PeftModel`. Importing this module makes the type PEFTFAST known to PEFT
+(`registration.py`); import it before a saved adapter is loaded.
+"""
+
+from __future__ import annotations
+
+from peftfast.methods.component import Component
+from peftfast.methods.config import MethodConfig, method_names, register_method
+from peftfast.methods.configs import (
+    AdapterConfig,
+    CompacterConfig,
+    HoulsbyConfig,
+    ParallelAdapterConfig,
+    PfeifferConfig,
+    ScaledParallelAdapterConfig,
+    UnifiedConfig,
+)
+from peftfast.methods.layer import AdapterHost
+from peftfast.methods.placement import BlockRef, Placement, place
+from peftfast.methods.registration import register, registrations
+from peftfast.methods.sites import SITES, Block, Point, find_blocks, find_norms
+from peftfast.methods.tuner import AdapterModel, hosts, muted
+
+register(MethodConfig, AdapterModel)
+
+__all__ = [
+    "SITES",
+    "AdapterConfig",
+    "AdapterHost",
+    "AdapterModel",
+    "Block",
+    "BlockRef",
+    "CompacterConfig",
+    "Component",
+    "HoulsbyConfig",
+    "MethodConfig",
+    "ParallelAdapterConfig",
+    "PfeifferConfig",
+    "Placement",
+    "Point",
+    "ScaledParallelAdapterConfig",
+    "UnifiedConfig",
+    "find_blocks",
+    "find_norms",
+    "hosts",
+    "method_names",
+    "muted",
+    "place",
+    "register_method",
+    "registrations",
+]

@@ -1,0 +1,265 @@
+"""The layer that stands in a model where adapters are: a module and what joins its value."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftfast.methods.placement import BlockRef, Placement
+from peftfast.methods.registration import PREFIX
+from peftfast.nn.bottleneck import BottleneckAdapter
+
+READERS = f"{PREFIX}readers"
+
+
+class AdapterHost(nn.Module, BaseTunerLayer):
+    """A module of the model, `base_layer`, with adapters at its input or its output.
+
+    Each component of a method has a ModuleDict `peftfast_<component>` here, with one
+    `nn.BottleneckAdapter` for each adapter that has it. Several components, and then several active
+    adapters, act one after another, in the order of their declaration; parallel ones add up. A
+    host without components only remembers its input for those that read it (parallel components).
+    """
+
+    def __init__(self, base_layer: nn.Module, block: BlockRef | None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.block = block
+        self.adapter_layer_names: tuple[str, ...] = (READERS,)
+        self.other_param_names: tuple[str, ...] = ()
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self.merged_adapters: list[str] = []
+        # The adapters that `muted` leaves out.
+        self.muted: frozenset[str] = frozenset()
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        # An empty module for each adapter of which a component reads this host's input.
+        setattr(self, READERS, nn.ModuleDict())
+        self._placed: dict[str, dict[str, Placement]] = {}
+        self._taps: dict[str, AdapterHost] = {}
+        self._read_by: list[AdapterHost] = []
+        self._seen: Tensor | None = None
+        self._awaited = 0
+
+    def update_layer(
+        self, adapter_name: str, placement: Placement, module: BottleneckAdapter
+    ) -> None:
+        """Add one component of an adapter."""
+        name = placement.component.parameter_name
+        attribute = f"{PREFIX}{name}"
+        if attribute not in self.adapter_layer_names:
+            setattr(self, attribute, nn.ModuleDict())
+            self.adapter_layer_names = (*self.adapter_layer_names, attribute)
+        getattr(self, attribute)[adapter_name] = module
+        self._placed.setdefault(adapter_name, {})[name] = placement
+
+    def read_from(self, adapter_name: str, tap: AdapterHost) -> None:
+        """Take the input of another host for those components of an adapter that read it."""
+        getattr(tap, READERS)[adapter_name] = nn.Module()
+        if not any(one is self for one in tap._read_by):
+            tap._read_by.append(self)
+        for placement in self._placed[adapter_name].values():
+            if placement.tap is not None:
+                self._taps[placement.tap] = tap
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._placed.pop(adapter_name, None)
+
+    def adapters(self) -> set[str]:
+        """The adapters that have components here."""
+        return set(self._placed)
+
+    def components(self, adapter_name: str) -> Iterator[tuple[Placement, BottleneckAdapter]]:
+        """The components that an adapter has here, in the order of their declaration."""
+        for name, placement in self._placed.get(adapter_name, {}).items():
+            yield placement, getattr(self, f"{PREFIX}{name}")[adapter_name]
+
+    def _acting(self) -> list[tuple[Placement, BottleneckAdapter]]:
+        """What acts in a forward now."""
+        if self._disable_adapters:
+            return []
+        return [
+            found
+            for name in self.active_adapters
+            if name not in self.merged_adapters and name not in self.muted
+            for found in self.components(name)
+        ]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        self._remember(args, kwargs)
+        acting = self._acting()
+        if not acting:
+            return self.base_layer(*args, **kwargs)
+        taps = {one.tap for one, _ in acting if one.tap is not None}
+        read = {tap: self._taps[tap]._take(self) for tap in taps}
+        entering = _entering(args, kwargs, type(self.base_layer).__name__)
+        changed = entering
+        for placement, module in acting:
+            if placement.side == "input":
+                changed = self._joined(placement, module, changed, entering, read)
+        if changed is not entering:
+            args, kwargs = _with_entering(args, kwargs, changed)
+        out = self.base_layer(*args, **kwargs)
+        leaving = out[0] if isinstance(out, tuple) else out
+        for placement, module in acting:
+            if placement.side == "output":
+                leaving = self._joined(placement, module, leaving, entering, read)
+        return (leaving, *out[1:]) if isinstance(out, tuple) else leaving
+
+    @staticmethod
+    def _joined(
+        placement: Placement,
+        module: BottleneckAdapter,
+        value: Tensor,
+        entering: Tensor,
+        read: dict[str | None, Tensor],
+    ) -> Tensor:
+        if placement.component.insertion == "sequential":
+            return module(value)
+        given = entering if placement.tap is None else read[placement.tap]
+        return module(given, residual=value)
+
+    def _remember(self, args: Any, kwargs: Any) -> None:
+        """Keep the input until every host that reads it now has taken it."""
+        if not self._read_by:
+            return
+        me = id(self)
+        self._awaited = sum(
+            any(id(one._taps.get(placement.tap)) == me for placement, _ in one._acting())
+            for one in self._read_by
+            if one._taps
+        )
+        name = type(self.base_layer).__name__
+        self._seen = _entering(args, kwargs, name) if self._awaited else None
+
+    def _take(self, reader: AdapterHost) -> Tensor:
+        if self._seen is None:
+            raise RuntimeError(
+                f"a parallel adapter on {type(reader.base_layer).__name__} reads the input of a"
+                f" {type(self.base_layer).__name__} that has not run before it. Copies of a model"
+                " in threads (torch.nn.DataParallel) are not supported: use"
+                " DistributedDataParallel"
+            )
+        seen = self._seen
+        self._awaited -= 1
+        if self._awaited == 0:
+            self._seen = None
+        return seen
+
+    # Merging: what is linear in a linear's own input is a change of its weight.
+
+    def merge_reasons(self, adapter_name: str) -> list[str]:
+        """Why an adapter's components here can't be merged into the base; empty where they can."""
+        reasons = []
+        for placement, module in self.components(adapter_name):
+            component = placement.component
+            what = f"component {component.name!r}"
+            if component.insertion == "sequential":
+                reasons.append(f"{what} is sequential: it reads what it changes")
+            elif placement.tap is not None or placement.side == "input":
+                reasons.append(f"{what} reads another place than the linear that it changes")
+            elif component.form != "identity":
+                reasons.append(f"{what} is not linear: its form is {component.form!r}")
+            elif component.norm is not None or component.gate or component.depth > 1:
+                reasons.append(f"{what} is not linear: it has a norm, a gate or several layers")
+            elif component.composition != "add":
+                reasons.append(f"{what} is composed by {component.composition!r}, not added")
+            elif type(self.base_layer) not in (nn.Linear, Conv1D):
+                kind = type(self.base_layer).__name__
+                reasons.append(f"its base is a {kind}; nn.Linear and Conv1D can take a change")
+            elif self.base_layer.bias is None and _shift(module) is not None:
+                reasons.append(f"{what} has biases, and the base linear has none")
+        return reasons
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the active adapters' changes to the base weight.
+
+        Raises:
+            ValueError: an adapter is not linear in the linear's own input, or safe_merge finds
+                values that are not finite; nothing is changed then.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        for name in names:
+            if reasons := self.merge_reasons(name):
+                raise ValueError(f"adapter {name!r} can't be merged: {'; '.join(reasons)}")
+        for name in names:
+            if any(True for _ in self.components(name)):
+                self._add(name, 1.0, safe_merge)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters' changes out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            self._add(self.merged_adapters.pop(), -1.0, False)
+
+    @torch.no_grad()
+    def _add(self, adapter_name: str, sign: float, safe: bool) -> None:
+        base: Any = self.base_layer
+        transposed = isinstance(base, Conv1D)
+        changes = []
+        for _, module in self.components(adapter_name):
+            delta = sign * _linear_delta(module)  # [out, in]
+            shift = _shift(module)
+            weight = base.weight + (delta.T if transposed else delta).to(base.weight.dtype)
+            bias = None if shift is None else base.bias + (sign * shift).to(base.bias.dtype)
+            for value in (weight, bias):
+                if safe and value is not None and not torch.isfinite(value).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems"
+                        " to be broken"
+                    )
+            changes.append((weight, bias))
+            base.weight.data = weight
+            if bias is not None:
+                base.bias.data = bias
+
+    def __repr__(self) -> str:
+        return "peftfast." + super().__repr__()
+
+
+def _scale(module: BottleneckAdapter) -> Any:
+    return module.scaling if module.scaling_factor is None else module.scaling_factor
+
+
+def _linear_delta(module: BottleneckAdapter) -> Tensor:
+    """s Wu Wd [out, in], in float32 or better."""
+    down, _, up, _ = module._weights()
+    dtype = torch.promote_types(down.dtype, torch.float32)
+    return _scale(module) * (up.to(dtype) @ down.to(dtype))
+
+
+def _shift(module: BottleneckAdapter) -> Tensor | None:
+    """s (Wu bd + bu) [out], or None without biases."""
+    _, down_bias, up, up_bias = module._weights()
+    if down_bias is None or up_bias is None:
+        return None
+    dtype = torch.promote_types(up.dtype, torch.float32)
+    shift: Tensor = _scale(module) * (up.to(dtype) @ down_bias.to(dtype) + up_bias.to(dtype))
+    return shift
+
+
+def _entering(args: Any, kwargs: Any, name: str) -> Tensor:
+    """The value that enters a module: its first argument."""
+    value = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the first argument of {name} is {type(value).__name__}, not a tensor")
+    return value
+
+
+def _with_entering(args: Any, kwargs: Any, value: Tensor) -> tuple[Any, Any]:
+    if args:
+        return (value, *args[1:]), kwargs
+    first = next(iter(kwargs))
+    return args, {**kwargs, first: value}

@@ -1,0 +1,190 @@
+"""Where the components of a configuration land on a model; nothing is changed here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftfast.methods.component import MODULES, Component
+from peftfast.methods.config import MethodConfig
+from peftfast.methods.sites import SITES, Block, find_blocks, linear_sizes
+
+
+@dataclass(frozen=True)
+class BlockRef:
+    """The layer in which an adapter is: `position` counts over all stacks."""
+
+    name: str
+    stack: str
+    index: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One adapter: at the input or output of the module `host`, reading what enters the module
+    `tap`, or, without one, what it changes (sequential) or what enters its host (parallel).
+    """
+
+    component: Component
+    host: str
+    side: str
+    tap: str | None
+    in_features: int
+    out_features: int
+    near: str
+    block: BlockRef | None
+
+
+def place(model: nn.Module, config: MethodConfig) -> list[Placement]:
+    """The adapters of a configuration on a model, in its layers' order.
+
+    Raises:
+        ValueError: a component finds no place, or layers name some that are not there; the
+            message says what the model has.
+    """
+    blocks = find_blocks(model)
+    refs = [
+        BlockRef(block.name, block.stack, block.index, position)
+        for position, block in enumerate(blocks)
+    ]
+    if config.layers is not None and (beyond := [i for i in config.layers if i >= len(blocks)]):
+        raise ValueError(f"layers has {beyond}; the model has {len(blocks)} layers, from 0")
+    placements: list[Placement] = []
+    for component in config.resolved():
+        if component.site == MODULES:
+            found = _on_modules(model, component, config, blocks, refs)
+        else:
+            found = [
+                placement
+                for block, ref in zip(blocks, refs, strict=True)
+                if (config.layers is None or ref.position in config.layers)
+                and component.stack in (None, block.stack)
+                and (placement := _in_block(model, component, block, ref)) is not None
+            ]
+        if not found and not component.optional:
+            raise ValueError(_nowhere(component, config, blocks))
+        placements.extend(found)
+    if not placements and not config.train_norms:
+        raise ValueError("the configuration's components find no place on this model")
+    _check_taps(placements)
+    return placements
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The module within PEFT's wrappers."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def fingerprint(placements: Sequence[Placement]) -> dict[str, list[list[int]]]:
+    """For each component, in order of their first use, [places, in, out] of each pair of widths."""
+    counted = Counter(
+        (one.component.parameter_name, one.in_features, one.out_features) for one in placements
+    )
+    found: dict[str, list[list[int]]] = {}
+    for (name, *widths), places in counted.items():
+        found.setdefault(name, []).append([places, *widths])
+    return found
+
+
+def _in_block(
+    model: nn.Module, component: Component, block: Block, ref: BlockRef
+) -> Placement | None:
+    if component.site not in SITES:
+        name = block.linears.get(component.site)
+        return None if name is None else _on_linear(model, component, name, ref)
+    point = block.points.get(component.site)
+    if point is None:
+        return None
+    if component.source is None:
+        widths = point.features, point.features
+        return Placement(component, point.module, point.side, None, *widths, point.near, ref)
+    source = block.points.get(component.source)
+    if source is None:
+        return None
+    if source.side != "input":
+        raise ValueError(
+            f"reads is {component.source!r}, which is known only after its module has run: a"
+            " parallel component reads an input (attention_input, ffn_input, ffn_hidden, ...)"
+        )
+    tap = None if source.module == point.module else source.module
+    widths = source.features, point.features
+    return Placement(component, point.module, point.side, tap, *widths, point.near, ref)
+
+
+def _on_linear(
+    model: nn.Module, component: Component, name: str, ref: BlockRef | None
+) -> Placement:
+    """At a linear's output, reading that (sequential) or its own input (parallel)."""
+    module = base_of(model.get_submodule(name))
+    sizes = linear_sizes(module)
+    if sizes is None:
+        raise ValueError(
+            f"target_modules name {name}, a {type(module).__name__}: linears are needed there"
+        )
+    entering, leaving = sizes
+    read = leaving if component.insertion == "sequential" else entering
+    return Placement(component, name, "output", None, read, leaving, name, ref)
+
+
+def _on_modules(
+    model: nn.Module,
+    component: Component,
+    config: MethodConfig,
+    blocks: Sequence[Block],
+    refs: Sequence[BlockRef],
+) -> list[Placement]:
+    found = []
+    for name, module in model.named_modules():
+        if not name or not _named(name, config.target_modules):
+            continue
+        ref = next((r for b, r in zip(blocks, refs, strict=True) if _inside(name, b.name)), None)
+        if config.layers is not None and (ref is None or ref.position not in config.layers):
+            continue
+        if component.stack is not None and (ref is None or ref.stack != component.stack):
+            continue
+        found.append(_on_linear(model, component, name, ref))
+    return found
+
+
+def _inside(name: str, block: str) -> bool:
+    return name == block or name.startswith(f"{block}.")
+
+
+def _named(name: str, wanted: list[str] | str | None) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in wanted or ())
+
+
+def _nowhere(component: Component, config: MethodConfig, blocks: Sequence[Block]) -> str:
+    if component.site == MODULES:
+        return f"target_modules is {config.target_modules!r}, and no linear of the model has it"
+    there = sorted({site for block in blocks for site in (*block.points, *block.linears)})
+    limits = [f"stack {component.stack!r}"] if component.stack is not None else []
+    limits += [f"layers {config.layers}"] if config.layers is not None else []
+    source = f" reading {component.source}" if component.source is not None else ""
+    return (
+        f"component {component.name!r} finds no {component.site}{source} on this model"
+        f"{' within ' + ' and '.join(limits) if limits else ''}; its {len(blocks)} layers have"
+        f" {', '.join(there)}"
+    )
+
+
+def _check_taps(placements: Sequence[Placement]) -> None:
+    """A module that is read must not contain one that is wrapped: its children would move."""
+    hosts = {one.host for one in placements} | {one.tap for one in placements if one.tap}
+    for one in placements:
+        inside = [host for host in hosts if one.tap and host.startswith(f"{one.tap}.")]
+        inside += [host for host in hosts if host.startswith(f"{one.host}.")]
+        if inside:
+            raise ValueError(
+                f"component {one.component.name!r} wraps {one.tap or one.host}, and another"
+                f" {inside[0]} within it: they can't be combined"
+            )
