@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from peftfast.nn.bottleneck import BottleneckAdapter
+from peftfast.nn.kronecker import KroneckerAdapter
 from peftfast.nn.lora import LoRALinear
 from peftfast.nn.nf4 import NF4Linear
 from peftfast.nn.quantised_init import loftq_init, pissa_init
 
-__all__ = ["LoRALinear", "NF4Linear", "loftq_init", "pissa_init"]
+__all__ = [
+    "BottleneckAdapter",
+    "KroneckerAdapter",
+    "LoRALinear",
+    "NF4Linear",
+    "loftq_init",
+    "pissa_init",
+]

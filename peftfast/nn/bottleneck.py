@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftfast.ops.activation import KINDS, activation
-from peftfast.ops.bottleneck import bottleneck
+from peftfast.ops.activation import activation
+from peftfast.ops.bottleneck import ACTIVATIONS, bottleneck
+from peftfast.ops.dispatch import parse_impl
 from peftfast.ops.norm import layer_norm, rms_norm
+from peftfast.ops.operands import autocast_dtype
 
 NORMS = ("layer", "rms", "batch")
 NORM_POSITIONS = ("before", "after")
@@ -29,7 +31,7 @@ class BottleneckAdapter(nn.Module):
         in_features: width of x.
         bottleneck: m, width of the hidden layer, at least 1.
         out_features: width of the residual and of y; None: in_features.
-        activation: one of `peftfast.ops.ACTIVATIONS` or "identity".
+        activation: one of `peftfast.ops.ACTIVATIONS`, the activations of `peftfast.ops.bottleneck`.
         bias: whether both projections have one.
         scaling: s.
         learned_scaling: s is a parameter [1] that starts there (He et al., section 3.3).
@@ -57,6 +59,18 @@ class BottleneckAdapter(nn.Module):
         TypeError, ValueError: an argument is wrong; the message names it.
     """
 
+    down_weight: nn.Parameter
+    down_bias: nn.Parameter | None
+    up_weight: nn.Parameter
+    up_bias: nn.Parameter | None
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+    norm_mean: Tensor
+    norm_variance: Tensor
+    scaling_factor: nn.Parameter | None
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -83,7 +97,7 @@ class BottleneckAdapter(nn.Module):
         out_features = in_features if out_features is None else out_features
         _positive(in_features=in_features, bottleneck=bottleneck, out_features=out_features)
         _positive(depth=depth)
-        _one_of("activation", activation, (*KINDS, "identity"))
+        _one_of("activation", activation, ACTIVATIONS)
         _one_of("norm", norm, (None, *NORMS))
         _one_of("norm_position", norm_position, NORM_POSITIONS)
         _one_of("composition", composition, COMPOSITIONS)
@@ -93,6 +107,7 @@ class BottleneckAdapter(nn.Module):
             raise ValueError(f"dropout is {dropout}; a probability in [0, 1] is needed")
         if not _number("init_std", init_std) >= 0.0:
             raise ValueError(f"init_std is {init_std}; it can't be negative")
+        parse_impl(impl)
         self.in_features, self.bottleneck, self.out_features = in_features, bottleneck, out_features
         self.activation, self.depth, self.dropout = activation, depth, float(dropout)
         self.norm, self.norm_position, self.norm_eps = norm, norm_position, 1e-5
@@ -183,13 +198,10 @@ class BottleneckAdapter(nn.Module):
             joined = x if residual else None
         if joined is None and self.composition == "multiply":
             raise ValueError('composition "multiply" needs a residual; it is False')
-        dropout = self.dropout if self.training else 0.0
         down, down_bias, up, up_bias = self._weights()
-        scaling = self.scaling if self.scaling_factor is None else self.scaling_factor
-        gate = self._gate(x)
         options: dict[str, Any] = {
             "activation": self.activation,
-            "dropout_p": dropout,
+            "dropout_p": self.dropout if self.training else 0.0,
             "impl": self.impl,
         }
         read = x
@@ -208,16 +220,17 @@ class BottleneckAdapter(nn.Module):
             down = getattr(self, f"inner_{index}_weight")
             down_bias = getattr(self, f"inner_{index}_bias")
         weights = down, down_bias, up, up_bias
+        scaling = self.scaling if self.scaling_factor is None else self.scaling_factor
+        gate = self._gate(x)
         after = self.norm is not None and self.norm_position == "after"
-        if not after and self.composition == "add" and read.dtype == x.dtype:
-            given: bool | Tensor = residual
-            if read is not x and joined is not None:
-                given = joined
-            return bottleneck(read, *weights, scaling=scaling, gate=gate, residual=given, **options)
+        if not after:
+            options.update(scaling=scaling, gate=gate)
+            if self.composition == "add" and joined is not None:
+                given = True if joined is read else joined
+                return bottleneck(read, *weights, residual=given, **options)
         delta = bottleneck(read, *weights, residual=False, **options)
         if after:
-            delta = self._normed(delta)
-        delta = delta * scaling if gate is None else delta * (scaling * gate)
+            delta = self._normed(delta) * (scaling if gate is None else scaling * gate)
         if joined is None:
             return delta.to(x.dtype)
         y = joined + delta if self.composition == "add" else joined * (1.0 + delta)
@@ -241,7 +254,7 @@ class BottleneckAdapter(nn.Module):
             return layer_norm(x, weight, bias, eps)
         if self.norm == "rms":
             return rms_norm(x, weight, eps, form="float")
-        rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(self.norm_mean.dtype)
         statistics = self.norm_mean, self.norm_variance
         y = F.batch_norm(rows, *statistics, weight, bias, self.training, _MOMENTUM, eps)
         return y.view(x.shape).to(x.dtype)
@@ -267,8 +280,7 @@ class BottleneckAdapter(nn.Module):
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In the weight's dtype, but under autocast in autocast's."""
-    cast = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
-    return F.linear(cast, weight, bias)
+    return F.linear(x.to(weight.dtype) if autocast_dtype(x) is None else x, weight, bias)
 
 
 def _positive(**values: Any) -> None:

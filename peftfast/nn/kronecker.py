@@ -32,6 +32,12 @@ class KroneckerAdapter(BottleneckAdapter):
         TypeError, ValueError: an argument is wrong; the message names it.
     """
 
+    shared: nn.Parameter
+    down_left: nn.Parameter
+    down_right: nn.Parameter
+    up_left: nn.Parameter
+    up_right: nn.Parameter
+
     def __init__(
         self,
         in_features: int,
@@ -61,16 +67,14 @@ class KroneckerAdapter(BottleneckAdapter):
                 f"shared is {list(shared.shape)}; with {divisions} divisions it is"
                 f" {[divisions] * 3}"
             )
-        self.__dict__.update(divisions=divisions, rank=rank, _given=shared)
+        self.divisions, self.rank = divisions, rank
         super().__init__(in_features, bottleneck, out_features, **options)
-        del self._given
+        if shared is not None:
+            self.shared = shared
 
     def _make_weights(self, bias: bool, made: dict[str, Any]) -> None:
         n, r, m = self.divisions, self.rank, self.bottleneck
-        if self._given is not None:
-            self.shared = self._given
-        else:
-            self._parameter("shared", True, (n, n, n), made)
+        self._parameter("shared", True, (n, n, n), made)
         self._parameter("down_left", True, (n, m // n, r), made)
         self._parameter("down_right", True, (n, self.in_features // n, r), made)
         self._parameter("down_bias", bias, (m,), made)
@@ -79,9 +83,8 @@ class KroneckerAdapter(BottleneckAdapter):
         self._parameter("up_bias", bias, (self.out_features,), made)
 
     def _reset_weights(self) -> None:
-        if getattr(self, "_given", None) is None:
-            std = self.init_std if self.init == "near_identity" else self.divisions**-0.5
-            nn.init.normal_(self.shared, std=std)
+        std = self.init_std if self.init == "near_identity" else self.divisions**-0.5
+        nn.init.normal_(self.shared, std=std)
         for factor in (self.down_left, self.down_right, self.up_left, self.up_right):
             nn.init.xavier_uniform_(factor)
         if self.init != "near_identity":

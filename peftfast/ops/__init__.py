@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftfast.ops import nf4
 from peftfast.ops.activation import activation, gated_activation
-from peftfast.ops.bottleneck import bottleneck
+from peftfast.ops.bottleneck import ACTIVATIONS, bottleneck
 from peftfast.ops.cross_entropy import linear_cross_entropy
 from peftfast.ops.dispatch import Impl, ImplUnavailable
 from peftfast.ops.dropout import dropout
@@ -13,6 +13,7 @@ from peftfast.ops.lora import lora_linear, lora_linear_group, lora_linear_reason
 from peftfast.ops.norm import layer_norm, rms_norm
 
 __all__ = [
+    "ACTIVATIONS",
     "Impl",
     "ImplUnavailable",
     "activation",
