@@ -125,7 +125,7 @@ def _view(
     kind = type(module)
     attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
     if path and is_leaf(module):
-        kind = _recording(kind)
+        kind = _recording(kind)  # type: ignore[arg-type]
         attributes["_record"] = functools.partial(tracer.create_proxy, "call_module", path)
     else:
         attributes |= {name: {} for name in _HOOKS}

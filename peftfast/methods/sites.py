@@ -56,7 +56,7 @@ _NAMES = {
     "qkv": rf"{_AFFIX}(qkv|query_key_value|attn|in_proj){_SUFFIX}",
     "output": rf"{_AFFIX}(o|out|output|dense|proj){_SUFFIX}",
 }
-_OUTPUT_DROPOUT = re.compile(r"resid|out_|output|proj")
+_OUTPUT_DROPOUT = re.compile(r"resid|(?<!drop)out[._]|output|proj")
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if any(child is not None for child in bare._modules.values()):
         return None
     sizes = getattr(bare, "in_features", None), getattr(bare, "out_features", None)
-    if all(isinstance(size, int) for size in sizes):
-        return sizes
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0], sizes[1]
     weight = bare._parameters.get("weight")
     if weight is None or weight.ndim != 2 or hasattr(bare, "num_embeddings"):
         return None
@@ -183,40 +183,40 @@ class _Tree:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: dict[str, nn.Module] = {}
+        self._ends: dict[str, int] = {}
         self._add("", model, set())
+        self._names = list(self.modules)
+        self._starts = {name: start for start, name in enumerate(self._names)}
         self.linears = {
-            path: sizes for path, m in self.modules.items() if (sizes := linear_sizes(m))
+            name: sizes for name, m in self.modules.items() if (sizes := linear_sizes(m))
         }
-        self.cores = [path for path in self.modules if self._is_core(path)]
-        nested = {above for path in self.cores for above in _above(path)}
-        self.cores = [path for path in self.cores if path not in nested]
-        self.mixtures = {path for path, module in self.modules.items() if self._has_experts(path)}
+        self.hold_linears = {id(self.modules[a]) for name in self.linears for a in _above(name)}
+        cores = [name for name in self._names if self._is_core(name)]
+        nested = {above for name in cores for above in _above(name)}
+        self.cores = dict.fromkeys(name for name in cores if name not in nested)
+        self.experts = {name for name in self._names if self._has_experts(name)}
 
     def _add(self, path: str, module: nn.Module, seen: set[int]) -> None:
-        if id(module) in seen:
-            return
         seen.add(id(module))
         self.modules[path] = module
         if _bare(module) is module:
             for name, child in module._modules.items():
-                if child is not None:
+                if child is not None and id(child) not in seen:
                     self._add(_join(path, name), child, seen)
+        self._ends[path] = len(self.modules)
 
-    def below(self, path: str) -> Iterator[str]:
-        return (name for name in self.modules if _is_below(name, path))
+    def within(self, path: str) -> list[str]:
+        """The names of a module and of all in it, in order."""
+        return self._names[self._starts[path] : self._ends[path]]
 
-    def linears_below(self, path: str) -> dict[str, tuple[int, int]]:
-        return {name: sizes for name, sizes in self.linears.items() if _is_below(name, path)}
+    def linears_in(self, path: str) -> dict[str, tuple[int, int]]:
+        return {name: self.linears[name] for name in self.within(path) if name in self.linears}
 
-    def cores_below(self, path: str) -> list[str]:
-        return [name for name in self.cores if _is_below(name, path)]
+    def cores_in(self, path: str) -> list[str]:
+        return [name for name in self.within(path) if name in self.cores]
 
     def norms(self, path: str) -> tuple[str, ...]:
-        return tuple(
-            name
-            for name, module in self.modules.items()
-            if _is_below(name, path) and _is_norm(module)
-        )
+        return tuple(name for name in self.within(path) if _is_norm(self.modules[name]))
 
     def _is_core(self, path: str) -> bool:
         """Whether a module makes q, k and v: of linears of its own, for heads."""
@@ -230,10 +230,10 @@ class _Tree:
         """Whether a module holds experts: weights of three dimensions, or a list of networks."""
         module = self.modules[path]
         if any(p is not None and p.ndim == 3 for p in module._parameters.values()):
-            return not self.cores_below(path)
-        if not isinstance(module, nn.ModuleList) or len(module) < 2 or self.cores_below(path):
+            return not self.cores_in(path)
+        if not isinstance(module, nn.ModuleList) or len(module) < 2 or self.cores_in(path):
             return False
-        return all(len(self.linears_below(_join(path, name))) > 1 for name in module._modules)
+        return all(len(self.linears_in(_join(path, name))) > 1 for name in module._modules)
 
 
 def _stacks(tree: _Tree) -> list[list[str]]:
@@ -278,7 +278,7 @@ class _Found(NamedTuple):
 
 
 def _block(tree: _Tree, path: str) -> _Found | None:
-    cores = tree.cores_below(path)
+    cores = tree.cores_in(path)
     attentions: dict[str, _Sublayer] = {}
     causal = False
     for core in cores:
@@ -289,10 +289,9 @@ def _block(tree: _Tree, path: str) -> _Found | None:
             causal |= cross or _is_causal(tree.modules[core])
     mixture = _mixture(tree, path)
     leaves = {id(tree.modules[name]) for name in (*cores, *([mixture] if mixture else ()))}
-    has_linears = {id(tree.modules[a]) for name in tree.linears for a in _above(name)}
     graph = flow.trace(
         tree.modules[path],
-        lambda module: id(module) in leaves or id(module) not in has_linears,
+        lambda module: id(module) in leaves or id(module) not in tree.hold_linears,
     )
     calls = flow.calls(graph) if graph is not None else {}
 
@@ -333,7 +332,7 @@ def _block(tree: _Tree, path: str) -> _Found | None:
 
 def _attention(tree: _Tree, core: str, block: str) -> _Sublayer | None:
     """The linears of an attention module, and of the module around it that projects the heads."""
-    own = tree.linears_below(core)
+    own = tree.linears_in(core)
     roles: dict[str, str] = {}
     for name in own:
         role = _role(name[len(core) + 1 :])
@@ -343,7 +342,7 @@ def _attention(tree: _Tree, core: str, block: str) -> _Sublayer | None:
         roles["kv"] = roles.pop("qkv")
     output = roles.get("output")
     if output is None:
-        around = [name for name in tree.linears_below(_parent(core)) if name not in own]
+        around = [name for name in tree.linears_in(_parent(core)) if name not in own]
         if not around:
             return None
         output = around[0]
@@ -352,7 +351,7 @@ def _attention(tree: _Tree, core: str, block: str) -> _Sublayer | None:
     inside = output in own
     end = output
     if inside:
-        for name in tree.below(core):
+        for name in tree.within(core):
             child = name[len(core) + 1 :]
             if _OUTPUT_DROPOUT.search(child) and _is_dropout(tree.modules[name]):
                 end = name
@@ -362,12 +361,12 @@ def _attention(tree: _Tree, core: str, block: str) -> _Sublayer | None:
 
 def _ffn_linears(tree: _Tree, block: str) -> dict[str, tuple[int, int]]:
     """The linears of a block that are neither attention's nor in a mixture of experts."""
-    cores = tree.cores_below(block)
+    cores = tree.cores_in(block)
     mixture = _mixture(tree, block)
     outputs = {found.last for core in cores if (found := _attention(tree, core, block))}
     return {
         name: sizes
-        for name, sizes in tree.linears_below(block).items()
+        for name, sizes in tree.linears_in(block).items()
         if name not in outputs
         and not any(_is_below(name, core) for core in cores)
         and not (mixture and _is_below(name, mixture))
@@ -414,10 +413,10 @@ def _gate_first(block: str, ups: list[str], calls: dict[str, list[fx.Node]]) -> 
 
 def _mixture(tree: _Tree, block: str) -> str | None:
     """The outermost module in a block that holds experts and no attention."""
-    for path in sorted(tree.mixtures, key=len):
-        if _is_below(path, block) and path != block:
-            around = [a for a in _above(path) if _is_below(a, block) and a != block]
-            return next((a for a in reversed(around) if not tree.cores_below(a)), path)
+    for path in tree.within(block):
+        if path != block and path in tree.experts:
+            around = [a for a in _above(path) if len(a) > len(block)]
+            return next((a for a in reversed(around) if not tree.cores_in(a)), path)
     return None
 
 
