@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from peft import PeftConfig
 
@@ -40,7 +40,7 @@ class MethodConfig(PeftConfig):
     placed: dict[str, list[list[int]]] | None = field(default=None, repr=False)
 
     # The name that `register_method` gives a subclass.
-    _method = None
+    _method: ClassVar[str | None] = None
 
     def __new__(cls, *args: Any, **options: Any) -> MethodConfig:
         # PEFT makes a saved configuration from its type, which all methods share.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peftfast.methods.component import Component
 from peftfast.methods.config import MethodConfig, register_method
@@ -47,9 +47,9 @@ class AdapterConfig(MethodConfig):
     init_std: float = 1e-2
 
     # The width where neither bottleneck nor reduction is given, and how x gets in.
-    _default = 64
-    _insertion = "sequential"
-    _primitive = "bottleneck"
+    _default: ClassVar[int] = 64
+    _insertion: ClassVar[str] = "sequential"
+    _primitive: ClassVar[str] = "bottleneck"
 
     def __post_init__(self) -> None:
         if self.bottleneck is None and self.reduction is None:
@@ -151,7 +151,7 @@ class ParallelAdapterConfig(AdapterConfig):
     attention_position: str = "before"
     init: str = "lora"
 
-    _insertion = "parallel"
+    _insertion: ClassVar[str] = "parallel"
 
 
 @register_method("scaled_parallel_adapter")
@@ -185,7 +185,7 @@ class CompacterConfig(AdapterConfig):
     activation: str = "gelu_tanh"
     train_norms: bool = True
 
-    _primitive = "kronecker"
+    _primitive: ClassVar[str] = "kronecker"
 
     def __post_init__(self) -> None:
         if self.bottleneck is None and self.reduction is None:

@@ -100,7 +100,7 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         if not acting:
             return self.base_layer(*args, **kwargs)
         taps = {one.tap for one, _ in acting if one.tap is not None}
-        read = {tap: self._taps[tap]._take(self) for tap in taps}
+        read: dict[str | None, Tensor] = {tap: self._taps[tap]._take(self) for tap in taps}
         entering = _entering(args, kwargs, type(self.base_layer).__name__)
         changed = entering
         for placement, module in acting:
@@ -132,14 +132,14 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         """Keep the input until every host that reads it now has taken it."""
         if not self._read_by:
             return
-        me = id(self)
-        self._awaited = sum(
-            any(id(one._taps.get(placement.tap)) == me for placement, _ in one._acting())
-            for one in self._read_by
-            if one._taps
-        )
+        self._awaited = sum(one._reads(self) for one in self._read_by)
         name = type(self.base_layer).__name__
         self._seen = _entering(args, kwargs, name) if self._awaited else None
+
+    def _reads(self, tap: AdapterHost) -> bool:
+        """Whether this host will take another's input in this forward."""
+        names = {placement.tap for placement, _ in self._acting() if placement.tap is not None}
+        return any(self._taps[name] is tap for name in names)
 
     def _take(self, reader: AdapterHost) -> Tensor:
         if self._seen is None:

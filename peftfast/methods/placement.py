@@ -77,8 +77,8 @@ def place(model: nn.Module, config: MethodConfig) -> list[Placement]:
 
 def base_of(module: nn.Module) -> nn.Module:
     """The module within PEFT's wrappers."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
     return module
 
 
@@ -141,7 +141,7 @@ def _on_modules(
     refs: Sequence[BlockRef],
 ) -> list[Placement]:
     found = []
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         if not name or not _named(name, config.target_modules):
             continue
         ref = next((r for b, r in zip(blocks, refs, strict=True) if _inside(name, b.name)), None)

@@ -19,7 +19,7 @@ PREFIX = "peftfast_"
 def peft_type() -> Any:
     """The member of `peft.PeftType` that all methods of peftfast share."""
     if TYPE not in PeftType.__members__:
-        member = str.__new__(PeftType, TYPE)
+        member: Any = str.__new__(PeftType, TYPE)
         member._name_ = member._value_ = TYPE
         member._sort_order_ = len(PeftType.__members__)
         PeftType._member_names_.append(TYPE)

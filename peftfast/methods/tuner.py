@@ -16,6 +16,8 @@ from peftfast.methods.layer import AdapterHost
 from peftfast.methods.placement import Placement, base_of, fingerprint, place
 from peftfast.methods.registration import PREFIX
 from peftfast.methods.sites import find_norms
+from peftfast.nn.bottleneck import BottleneckAdapter
+from peftfast.nn.kronecker import KroneckerAdapter
 
 
 class AdapterModel(BaseTuner):
@@ -30,11 +32,13 @@ class AdapterModel(BaseTuner):
 
     # Placements of the adapter that is being injected, by host.
     _plan: dict[str, list[Placement]]
+    # Its shared factors of Kronecker products, by their size.
+    _shared: dict[int, nn.Parameter]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: MethodConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Find every place, and refuse what doesn't fit, before anything is changed."""
         if not isinstance(peft_config, MethodConfig):
             raise TypeError(
@@ -64,19 +68,20 @@ class AdapterModel(BaseTuner):
         self._plan = {}
         for placement in placements:
             self._plan.setdefault(placement.host, []).append(placement)
-        self._shared: dict[tuple[str, int], nn.Parameter] = {}
+        self._shared = {}
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._plan
 
     def _create_and_replace(
         self,
-        peft_config: MethodConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
         host = self._host(current_key, self._plan[current_key][0])
         for placement in self._plan[current_key]:
@@ -104,7 +109,7 @@ class AdapterModel(BaseTuner):
     ) -> None:
         setattr(parent, child_name, new_module)
 
-    def _make(self, placement: Placement) -> Any:
+    def _make(self, placement: Placement) -> BottleneckAdapter:
         """A component's module, beside the linear that it stands near."""
         near: Any = base_of(self.model.get_submodule(placement.near))
         weight: Any = getattr(near, "weight", getattr(near, "qweight", None))
@@ -116,11 +121,10 @@ class AdapterModel(BaseTuner):
         component = placement.component
         options: dict[str, Any] = {"dtype": dtype, "device": weight.device}
         if component.primitive == "kronecker":
-            key = component.parameter_name, component.divisions
-            options["shared"] = self._shared.get(key)
+            options["shared"] = self._shared.get(component.divisions)
         module = component.make(placement.in_features, placement.out_features, **options)
-        if component.primitive == "kronecker":
-            self._shared.setdefault(key, module.shared)
+        if isinstance(module, KroneckerAdapter):
+            self._shared.setdefault(component.divisions, module.shared)
         return module
 
     # Merging
