@@ -105,10 +105,13 @@ def find_blocks(model: nn.Module) -> list[Block]:
     Points, by site:
         attention_input: what q, k and v read; with cross-attention, what q reads.
         attention_heads: the heads' output, which the output projection reads.
-        attention_output: what is added to the residual: after the output projection, and after the
-            dropout and the norm that follow it (Gemma's norms after a sublayer), as far as these
-            are modules that are called once: a dropout that serves both sublayers (ViT's) is no
-            place for either. A LayerNorm after the addition (BERT's) is not part of it.
+        attention_output: after the output projection and the dropout that follows it, before the
+            residual. A dropout that is a function (BART's), or a module that serves both sublayers
+            (ViT's), is no place: there, before the dropout. Where a norm or a scaling of its own
+            follows the sublayer before the residual (Gemma 2 and 3, OLMo 2, DINOv2), before that:
+            "directly to the output of the sub-layer, after the projection back to the input size",
+            and "passed directly into the following layer normalization" (Houlsby et al., 2019,
+            section 2.1).
         ffn_input: what the first linears of the feed-forward network read.
         ffn_hidden: what its last linear reads.
         ffn_output: as attention_output, after the last linear. Of a mixture of experts: the whole
@@ -161,11 +164,15 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 def _bare(module: nn.Module) -> nn.Module:
     """What wrappers are around: adapters' base layer, or the original of a copy that trains."""
-    while True:
-        inner = module._modules.get("base_layer") or module._modules.get("original_module")
-        if inner is None:
-            return module
-        module = inner
+    while (name := _wrapped(module)) is not None:
+        module = getattr(module, name)
+    return module
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The name of the child that a wrapper is around."""
+    names = ("base_layer", "original_module")
+    return next((name for name in names if module._modules.get(name) is not None), None)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -187,9 +194,10 @@ class _Tree:
         self._add("", model, set())
         self._names = list(self.modules)
         self._starts = {name: start for start, name in enumerate(self._names)}
-        self.linears = {
-            name: sizes for name, m in self.modules.items() if (sizes := linear_sizes(m))
-        }
+        self.linears: dict[str, tuple[int, int]] = {}
+        for name, module in self.modules.items():
+            if _parent(name) not in self.linears and (sizes := linear_sizes(module)):
+                self.linears[name] = sizes
         self.hold_linears = {id(self.modules[a]) for name in self.linears for a in _above(name)}
         cores = [name for name in self._names if self._is_core(name)]
         nested = {above for name in cores for above in _above(name)}
@@ -199,10 +207,11 @@ class _Tree:
     def _add(self, path: str, module: nn.Module, seen: set[int]) -> None:
         seen.add(id(module))
         self.modules[path] = module
-        if _bare(module) is module:
-            for name, child in module._modules.items():
-                if child is not None and id(child) not in seen:
-                    self._add(_join(path, name), child, seen)
+        inner = _wrapped(module)
+        children = module._modules if inner is None else {inner: module._modules[inner]}
+        for name, child in children.items():
+            if child is not None and id(child) not in seen and (inner is None or child._modules):
+                self._add(_join(path, name), child, seen)
         self._ends[path] = len(self.modules)
 
     def within(self, path: str) -> list[str]:
@@ -421,18 +430,17 @@ def _mixture(tree: _Tree, block: str) -> str | None:
 
 
 def _end(tree: _Tree, block: str, sublayer: _Sublayer, calls: dict[str, list[fx.Node]]) -> str:
-    """The module whose output is the sublayer's, before it is added to the residual."""
+    """The module that gives the sublayer's output: its last linear, or a dropout after that."""
     start = calls.get(sublayer.calls[len(block) + 1 :], [])
-    if len(start) != 1:
-        return sublayer.end
-    passed = flow.passed_until_added(start[0]) or []
-    for name in reversed(passed):
+    passed = flow.passed_until_added(start[0]) if len(start) == 1 else None
+    end = sublayer.end
+    for name in passed or ():
         path = _join(block, name)
-        if path in tree.linears or path in tree.cores:
-            return sublayer.end
+        if next(_bare(tree.modules[path]).parameters(), None) is not None:
+            break
         if len(calls[name]) == 1:
-            return path
-    return sublayer.end
+            end = path
+    return end
 
 
 def _role(name: str) -> str | None:
