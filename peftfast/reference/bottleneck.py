@@ -142,21 +142,19 @@ def bottleneck_forward(
     if norm is not None:
         n, statistics = _normalised(x, norm, norm_weight, norm_bias, norm_eps)
     z = F.linear(n.to(wide), down.to(wide), _to(down_bias, wide)).to(down.dtype)
-    left = _hidden(z, activation, dropout_p, seed, wide, drop)
-    if up_bias is not None:
-        left = _with_ones(left)
+    h = _hidden(z, activation, dropout_p, seed, wide, drop)
     alpha, factor = _factors(scaling, gate, wide)
-    if factor is not None:
-        left = left * factor
-    right = _with_bias(up, up_bias).to(wide).t()
-    if residual is None:
-        y = _scaled_mm(left, right, alpha)
-    elif residual.dtype == wide:
-        y = torch.addmm(residual, left, right, alpha=alpha)
-    elif torch.promote_types(residual.dtype, wide) == wide:
-        y = residual.to(wide).addmm_(left, right, alpha=alpha)
+    h = h if factor is None else h * factor
+    right = up.to(wide).t()
+    start = _start(residual, _to(up_bias, wide), alpha, factor, wide)
+    if start is None:
+        y = _scaled_mm(h, right, alpha)
+    elif start.dtype != wide:
+        y = start + _scaled_mm(h, right, alpha)
+    elif start is residual or start.ndim == 1:
+        y = torch.addmm(start, h, right, alpha=alpha)
     else:
-        y = residual + _scaled_mm(left, right, alpha)
+        y = start.addmm_(h, right, alpha=alpha)
     return y.to(dtype).contiguous(), z if keep else None, statistics if keep else None
 
 
@@ -217,9 +215,10 @@ def bottleneck_backward(
         grads["scaling"] = (e if gate is None else e * gate.to(sums)).sum(0, keepdim=True)
     if want["up"]:
         left = _with_ones(h) if want["up_bias"] else h
-        dup = _scaled_mm(wide_dy.t(), left if factor is None else left * factor, alpha)
-        grads["up"] = dup[:, : h.shape[1]].to(up.dtype).contiguous()
-        grads["up_bias"] = dup[:, -1].to(up.dtype).contiguous()
+        left = left if factor is None else left * factor
+        dup = _scaled_mm(left.t(), wide_dy, alpha)  # transposed, as a CPU multiplies it faster
+        grads["up"] = dup[: h.shape[1]].t().to(up.dtype).contiguous()
+        grads["up_bias"] = dup[-1].to(up.dtype)
     elif want["up_bias"]:
         scaled = wide_dy if factor is None else wide_dy * factor
         grads["up_bias"] = (scaled.sum(0, dtype=sums) * alpha).to(up.dtype)
@@ -231,26 +230,35 @@ def bottleneck_backward(
         dz = _activation_gradient(dh, z.to(wide), activation)
         dbd = dz.sum(0, dtype=sums)
         grads["down_bias"] = dbd.to(down.dtype)
-        if want["x"]:
-            grads["x"] = _input_gradient(
-                dz, x, statistics, down.to(wide), dy if sequential else None, norm, norm_weight
-            )
-        if norm is None and want["down"]:
-            grads["down"] = torch.mm(dz.t(), x.to(wide)).to(down.dtype)
-        elif want["down"] or want["norm_weight"]:
-            xhat, _ = _normalised(x, norm, None, None, norm_eps)
-            product = torch.mm(dz.t(), xhat.to(wide)).to(sums)
-            if want["norm_weight"]:
-                assert norm_weight is not None
-                grads["norm_weight"] = (product * down).sum(0).to(norm_weight.dtype)
-            if norm_weight is not None:
-                product = product * norm_weight
-            if norm_bias is not None:
-                product = product.addr_(dbd, norm_bias.to(sums))
-            grads["down"] = product.to(down.dtype)
-        if want["norm_bias"]:
-            assert norm_bias is not None
-            grads["norm_bias"] = torch.mv(down.t().to(sums), dbd).to(norm_bias.dtype)
+        shared = dy if sequential else None
+        if norm is None:
+            if want["down"]:
+                grads["down"] = torch.mm(dz.t(), x.to(wide)).to(down.dtype)
+            if want["x"]:
+                grads["x"] = _sum(shared, dz, down.to(wide)).to(x.dtype).contiguous()
+        else:
+            assert statistics is not None
+            wide_down, weight, bias = down.to(sums), _to(norm_weight, sums), _to(norm_bias, sums)
+            if norm_bias is not None and want["norm_bias"]:
+                grads["norm_bias"] = torch.mv(wide_down.t(), dbd).to(norm_bias.dtype)
+            if reads_x(norm, needs):
+                xhat, _ = _normalised(x, norm, None, None, norm_eps)
+            if want["down"] or want["norm_weight"]:
+                product = torch.mm(dz.t(), xhat.to(wide)).to(sums)
+                if norm_weight is not None and want["norm_weight"]:
+                    grads["norm_weight"] = (product * wide_down).sum(0).to(norm_weight.dtype)
+                product = product if weight is None else product * weight
+                product = product if bias is None else product.addr(dbd, bias)
+                grads["down"] = product.to(down.dtype)
+            if want["x"]:
+                projected = z.to(sums)
+                if down_bias is not None:
+                    projected = projected - down_bias
+                if bias is not None:
+                    projected = projected - torch.mv(wide_down, bias)
+                folded = wide_down if weight is None else wide_down * weight
+                dx = _through_norm(dz, projected, folded, xhat, statistics, shared)
+                grads["x"] = dx.to(x.dtype).contiguous()
     return [grads[one] for one in GRADIENTS if want[one]]
 
 
@@ -278,39 +286,29 @@ def _normalised(
     return n, rstd.view(1, -1)
 
 
-def _input_gradient(
-    dz: Tensor,
-    x: Tensor,
-    statistics: Tensor | None,
-    down: Tensor,
-    dy: Tensor | None,
-    norm: str | None,
-    weight: Tensor | None,
+def _through_norm(
+    dz: Tensor, projected: Tensor, down: Tensor, xhat: Tensor, statistics: Tensor, dy: Tensor | None
 ) -> Tensor:
-    """dz down through the norm, plus dy where that is given, in x's dtype."""
-    if norm is None:
-        if dy is None:
-            dx = torch.mm(dz, down)
-        elif dy.dtype == dz.dtype:
-            dx = torch.addmm(dy, dz, down)
-        else:
-            dx = torch.mm(dz, down) + dy
-        return dx.to(x.dtype).contiguous()
-    assert statistics is not None
-    sums = statistics.dtype
-    wide, dn = x.to(sums), torch.mm(dz, down).to(sums)
-    weight = _to(weight, sums)
-    if norm == "layer":
-        mean, rstd = statistics[0, :, None], statistics[1, :, None]
-        dx = torch.ops.aten.native_layer_norm_backward(
-            dn, wide, x.shape[-1:], mean, rstd, weight, None, [True, False, False]
-        )[0]
-    else:
-        rstd = statistics[0, :, None]
-        g = dn if weight is None else dn.mul_(weight)
-        mean_product = (g * wide).mean(-1, keepdim=True).mul_(rstd.pow(2))
-        dx = torch.addcmul(g, wide, mean_product, value=-1.0).mul_(rstd)
-    return (dx if dy is None else dx.add_(dy)).to(x.dtype).contiguous()
+    """dx + dy in the statistics' dtype. With xhat's projection p = xhat down^T, [M, m],
+
+        dx = r (dz down - mean(dz down) - xhat mean(dz down * xhat))       r = 1 / sqrt(...)
+        mean(dz down * xhat) = dz . p / d       mean(dz down) = dz . (sum of down's columns) / d
+
+    so that the means take no pass over [M, d]; the second is LayerNorm's only.
+
+    Args:
+        projected: p; down: [m, d], times the norm's weight.
+    """
+    d, rstd, wide_dz = xhat.shape[1], statistics[-1], dz.to(xhat.dtype)
+    along = (wide_dz * projected).sum(1).mul_(rstd / -d)[:, None]
+    start = xhat * along if dy is None else torch.addcmul(dy.to(xhat.dtype), xhat, along)
+    left, right = wide_dz * rstd[:, None], down
+    if statistics.shape[0] == 2:
+        left = torch.cat([left, torch.mv(left, down.sum(1) / -d)[:, None]], 1)
+        right = torch.cat([right, right.new_ones(1, d)])
+    if dz.dtype == xhat.dtype:
+        return start.addmm_(left, right)
+    return start.add_(torch.mm(left.to(dz.dtype), right.to(dz.dtype)))
 
 
 def _hidden(
@@ -342,6 +340,38 @@ def _factors(
         return (1.0, scaling.to(dtype)) if isinstance(scaling, Tensor) else (scaling, None)
     factor = gate.to(statistics_dtype(dtype)) * scaling
     return 1.0, factor.to(dtype)[:, None]
+
+
+def _start(
+    residual: Tensor | None,
+    bias: Tensor | None,
+    alpha: float,
+    factor: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """residual + s g bias, to which the product is added: a new tensor where it isn't the residual
+    itself; [d_out] where all rows are alike; None where there is nothing.
+    """
+    if residual is not None and torch.promote_types(residual.dtype, dtype) == dtype:
+        residual = residual.to(dtype)
+    if bias is None:
+        return residual
+    if residual is None:
+        return bias * (alpha if factor is None else factor)
+    if factor is None:
+        return torch.add(residual, bias, alpha=alpha)
+    return torch.addcmul(residual, factor, bias)
+
+
+def _sum(start: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """left right, plus start where that is given."""
+    if start is None:
+        return torch.mm(left, right)
+    if start.dtype == left.dtype:
+        return torch.addmm(start, left, right)
+    if torch.promote_types(start.dtype, left.dtype) == left.dtype:
+        return start.to(left.dtype).addmm_(left, right)
+    return torch.mm(left, right) + start
 
 
 def _with_ones(h: Tensor) -> Tensor:
