@@ -7,5 +7,6 @@ Run from the repository root; the package is not installed::
     python -m benchmarks run lora_linear --device cuda
 
 `counting` holds the byte counter, `counted` the benchmarks that use it, `timed` the benchmarks
-that measure time and memory, `results` the recorded rows, one folder a device.
+that measure time and memory, `quality` the one that measures what methods reach on real data,
+`results` the recorded rows, one folder a device.
 """

@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks list | run | traffic | saved | plot | readme | gpu`."""
+"""The command line: `python -m benchmarks COMMAND`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,21 @@ def _parser() -> argparse.ArgumentParser:
     gpu = commands.add_parser("gpu", help="GPU tests, then the benchmarks, in under 9 minutes")
     gpu.add_argument("--budget", type=float, default=520.0, metavar="SECONDS")
 
-    for command in (traffic, saved, run, gpu):
+    banking77 = commands.add_parser("banking77", help="train methods on Banking77, test accuracy")
+    banking77.add_argument("methods", nargs="*", metavar="METHOD", help="by default every one")
+    banking77.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda if there is one"
+    )
+    banking77.add_argument("--epochs", type=int, default=6, metavar="N")
+    banking77.add_argument("--seed", type=int, default=0, metavar="N")
+    banking77.add_argument(
+        "--again", action="store_true", help="train what is recorded already too"
+    )
+    banking77.add_argument(
+        "--no-record", action="store_true", help="leave the results folder alone"
+    )
+
+    for command in (traffic, saved, run, gpu, banking77):
         command.add_argument("--results", type=Path, metavar="FOLDER", help="where rows are kept")
 
     commands.add_parser("plot", help="draw the recorded rows")
@@ -86,6 +100,20 @@ def _saved(arguments: argparse.Namespace) -> int:
     )
 
 
+def _banking77(arguments: argparse.Namespace) -> int:
+    from benchmarks.quality.command import train_methods
+
+    return train_methods(
+        arguments.methods,
+        device=arguments.device,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        again=arguments.again,
+        results=arguments.results,
+        record=not arguments.no_record,
+    )
+
+
 def _gpu(arguments: argparse.Namespace) -> int:
     from benchmarks.gpu import run_gpu
 
@@ -109,6 +137,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "traffic": _traffic,
     "run": _run,
     "saved": _saved,
+    "banking77": _banking77,
     "gpu": _gpu,
     "plot": _plot,
     "readme": _readme,

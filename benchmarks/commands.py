@@ -150,7 +150,7 @@ def run_timed(
     """
     try:
         chosen = _chosen(names, timed_benchmarks())
-        where = _device(device)
+        where = choose_device(device)
     except BenchmarkError as error:
         print(error, file=sys.stderr)
         return 2
@@ -193,7 +193,7 @@ def count_saved(
 
     out = console(to_stderr=json_path == "-")
     try:
-        where = _device(device)
+        where = choose_device(device)
         chosen = saved.cases()
         if quick:
             chosen = [case for case in chosen if case.method == "lora" and not case.compiled]
@@ -217,7 +217,8 @@ def count_saved(
     return int(not all(target.met for target in targets))
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the one that there is."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,1 @@
+"""Benchmarks of what methods reach: real data, whole training sets, accuracy on test sets."""
