@@ -69,7 +69,7 @@ def passed_until_added(node: fx.Node) -> list[str] | None:
     """
     found = []
     while True:
-        users = [user for user in node.users if not _takes_another_part(user)]
+        users = [user for user in node.users if not _is_aside(user)]
         if len(users) != 1:
             return None
         node = users[0]
@@ -97,10 +97,10 @@ def _passes(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
-def _takes_another_part(node: fx.Node) -> bool:
-    """Whether an operation takes, of several values in a tuple, others than the first."""
+def _is_aside(node: fx.Node) -> bool:
+    """Whether a node takes an attribute of a value, or of several in a tuple not the first."""
     if node.target is not operator.getitem:
-        return False
+        return node.target is getattr
     index = node.args[1]
     return index != 0 if isinstance(index, int) else isinstance(index, slice) and bool(index.start)
 
