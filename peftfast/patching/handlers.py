@@ -38,6 +38,8 @@ class Comparison:
 class Handler(Protocol):
     """What `patch` and `report` ask about a layer type; documented at `PeftLora`.
 
+    `is_method`: whether modules of this type are what a method trains, so that where one is fused
+        what surrounds them is rewired too.
     `has_siblings`: whether modules of this type under one parent may be computed in one call.
     `found_by_comparing`: whether only a comparison tells what op a module needs.
     `recomputes`: whether the op saves less than the module by computing something again.
@@ -45,6 +47,7 @@ class Handler(Protocol):
 
     name: str
     op: str
+    is_method: bool
     has_siblings: bool
     found_by_comparing: bool
     recomputes: bool
@@ -67,6 +70,7 @@ class Handler(Protocol):
 class ClassSwap:
     """The part of a handler that gives a module of class `source` the class `fused`, and back."""
 
+    is_method = False
     has_siblings = False
     found_by_comparing = False
     recomputes = False
@@ -93,6 +97,7 @@ class ClassSwap:
 # Files with a list HANDLERS, each with the package whose layers they handle. Where nothing has
 # imported that package there are no such layers, and it is not imported for their sake.
 _FILES = (
+    ("bottleneck_adapter", "peftfast.nn.bottleneck"),
     ("peft_lora", "peft"),
     ("peft_lora_4bit", "bitsandbytes"),
     ("bnb_linear4bit", "bitsandbytes"),

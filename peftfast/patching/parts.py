@@ -146,12 +146,13 @@ def part_of(module: nn.Module) -> Part | None:
 def _kinds() -> tuple[type[Part], ...]:
     from peftfast.patching.activations import Activation
     from peftfast.patching.attention import Attention
+    from peftfast.patching.bottlenecks import Bottleneck
     from peftfast.patching.dropouts import Dropout
     from peftfast.patching.embeddings import Embedding
     from peftfast.patching.gated import GatedMLP
     from peftfast.patching.norms import Norm
 
-    return Norm, Dropout, Activation, GatedMLP, Attention, Embedding
+    return Norm, Dropout, Activation, GatedMLP, Attention, Embedding, Bottleneck
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -50,6 +50,7 @@ class PeftLora(ClassSwap):
     """The handler of one of PEFT's LoRA linears, `source`, fused as `fused`."""
 
     op = "lora_linear"
+    is_method = True
     has_siblings = True
 
     def __init__(self, source: type[nn.Module], fused: type[nn.Module]) -> None:

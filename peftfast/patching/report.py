@@ -1,5 +1,5 @@
-"""`report`: every tuner layer, 4-bit linear and part around them, fused with which op, or not and
-why.
+"""`report`: every tuner layer, 4-bit linear, bottleneck and part around them, fused with which op,
+or not and why.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class PatchReport:
             if table is not None:
                 console.print(table)
         if not self.fused and not self.not_fused:
-            console.print("No PEFT tuner layer and no 4-bit linear in this model.")
+            console.print("No PEFT tuner layer, no 4-bit linear and no bottleneck in this model.")
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -92,8 +92,9 @@ def report(model: nn.Module) -> PatchReport:
 
     Args:
         model: any module; its PEFT tuner layers are listed, patched or not, the linears of
-            bitsandbytes that no tuner layer is on, and, where a LoRA layer can be fused, the norms,
-            gated MLPs, activations, dropouts and attention modules around.
+            bitsandbytes that no tuner layer is on, bottleneck adapters, and, where a LoRA layer or
+            a bottleneck can be fused, the norms, gated MLPs, activations, dropouts and attention
+            modules around.
 
     Raises:
         TypeError: `model` is not a module.
@@ -112,7 +113,7 @@ def report(model: nn.Module) -> PatchReport:
         else:
             kind = f"{type(candidate.module).__module__}.{type(candidate.module).__qualname__}"
             not_fused.append(NotFusedModule(candidate.path, kind, _reasons(candidate, patched)))
-    if any(candidate.is_lora and candidate.fusable for candidate in candidates):
+    if any(candidate.is_method and candidate.fusable for candidate in candidates):
         from peftfast.patching import head
 
         memory = next((entry.memory for entry in fused), "recompute")

@@ -31,10 +31,11 @@ def patch(
     verify: bool = True,
     memory: str = "recompute",
 ) -> Model:
-    """Rewire the PEFT layers and the 4-bit linears of `model` onto the fused ops, in place.
+    """Rewire the PEFT layers, 4-bit linears and bottleneck adapters of `model` onto the fused ops,
+    in place.
 
-    And, where LoRA layers are fused, the norms, gated MLPs, activations, dropouts and attention
-    modules around them, so that the step keeps little for its backward.
+    And, where LoRA layers or bottlenecks are fused, the norms, gated MLPs, activations, dropouts
+    and attention modules around them, so that the step keeps little for its backward.
 
     Only instances are changed: of each recognised module the class, to a subclass (of an attention
     module the config, to one that shares everything with its own), and one attribute. Parameters,
@@ -44,8 +45,10 @@ def patch(
     others.
 
     Args:
-        model: a model with PEFT adapters or 4-bit linears of bitsandbytes, anything that contains
-            them, or a part of it.
+        model: a model with PEFT adapters, 4-bit linears of bitsandbytes, or trained bottlenecks
+            (linear, activation, linear) of any source, anything that contains them, or a part of
+            it. Adapters of `peftfast.methods` and `peftfast.nn` run their op in any case: they are
+            counted, and take `impl`.
         impl: "auto", "triton", "native" or "reference", as the ops take it. Parts around the layers
             take "auto" where their op lacks that implementation; the report shows it.
         exclude: which modules to leave alone: glob patterns over module paths ("*.layers.0.*"), or
@@ -98,10 +101,10 @@ def patch(
         _look_at(candidate, impl, memory, verify, choice)
     claimed = claimed_children(open_to, choice.plans)
     chosen = [c for c in open_to if c.path not in choice.left and c.path not in claimed]
-    if not any(candidate.is_lora for candidate in chosen):
+    if not any(candidate.is_method for candidate in chosen):
         for candidate in [c for c in chosen if c.is_part]:
             chosen.remove(candidate)
-            choice.leave(candidate, "no LoRA layer around is fused")
+            choice.leave(candidate, "no layer of a method around is fused")
     if strict:
         _require_all([c for c in candidates if c.path not in claimed], chosen, choice)
     known = head.leave(model)
@@ -114,11 +117,11 @@ def patch(
             restore(candidate.module)
         if candidate.path in choice.left:
             candidate.module.__dict__[KEY] = LeftAlone(choice.left[candidate.path])
-    tensor = _tensor_of_first_lora(chosen)
+    tensor = _tensor_of_first_layer(chosen)
     for candidate in chosen:
         _fuse(candidate, _impl_of(candidate, impl, tensor), memory, choice)
     _join_siblings(chosen)
-    if any(candidate.is_lora for candidate in chosen):
+    if any(candidate.is_method for candidate in chosen):
         head.join(model, memory, impl, choice.left, known)
     offload.detach(model)
     if memory == "offload" and chosen:
@@ -197,20 +200,18 @@ def _look_at(candidate: Candidate, impl: str, memory: str, verify: bool, choice:
             choice.plans[path] = found.plan
 
 
-def _tensor_of_first_lora(chosen: list[Candidate]) -> Tensor | None:
+def _tensor_of_first_layer(chosen: list[Candidate]) -> Tensor | None:
     """A tensor on the device, and of the dtype, that the model computes on and in."""
-    layer = next((candidate.module for candidate in chosen if candidate.is_lora), None)
+    layer = next((candidate.module for candidate in chosen if candidate.is_method), None)
     if layer is None:
         return None
-    weight: Tensor = layer.get_base_layer().weight
-    if weight.dtype.is_floating_point:
-        return weight
-    return next(iter(layer.lora_A.values())).weight
+    return next(p for p in layer.parameters() if p.dtype.is_floating_point)
 
 
 def _impl_of(candidate: Candidate, impl: str, tensor: Tensor | None) -> str:
-    if not isinstance(candidate.handler, Part) or tensor is None:
+    if not candidate.is_part or tensor is None:
         return impl
+    assert isinstance(candidate.handler, Part)
     return candidate.handler.impl(candidate.module, impl, tensor.device, tensor.dtype)
 
 
@@ -306,7 +307,10 @@ def _require_all(candidates: list[Candidate], chosen: list[Candidate], choice: _
 def _nothing_fused(candidates: list[Candidate], choice: _Choice) -> str:
     layers = [candidate for candidate in candidates if not candidate.is_part]
     if not layers:
-        return "nothing was fused: the model has no PEFT adapter layer and no 4-bit linear"
+        return (
+            "nothing was fused: the model has no PEFT adapter layer, no 4-bit linear and no trained"
+            " bottleneck"
+        )
     first = layers[0]
     reasons = choice.left.get(first.path) or "; ".join(first.unsupported + first.obstacles)
     return (

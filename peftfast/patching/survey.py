@@ -1,8 +1,9 @@
 """Finding every candidate, each with why it can't be fused, if it can't.
 
-Candidates are layers: PEFT's tuner layers, and bitsandbytes' linears that no tuner layer is on. And
-where a LoRA layer is among them that can be fused, or is, the parts around: norms, gated MLPs,
-activations, dropouts and attention.
+Candidates are layers: PEFT's tuner layers, bitsandbytes' linears that no tuner layer is on, the
+project's own adapters and trained bottlenecks of other code. And where a layer of a method is among
+them that can be fused, or is, the parts around: norms, gated MLPs, activations, dropouts and
+attention.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ class Candidate:
 
     @property
     def is_part(self) -> bool:
-        return isinstance(self.handler, Part)
+        return isinstance(self.handler, Part) and not self.is_method
+
+    @property
+    def is_method(self) -> bool:
+        """Whether a method trains it, and what surrounds it is worth rewiring."""
+        return self.handler is not None and self.handler.is_method
 
     @property
     def op(self) -> str:
@@ -41,10 +47,6 @@ class Candidate:
         state, handler = self.state, self.handler
         assert state is not None and handler is not None
         return handler.op_of(state.plan) if isinstance(handler, Part) else handler.op
-
-    @property
-    def is_lora(self) -> bool:
-        return self.handler is not None and self.handler.op == "lora_linear"
 
     @property
     def fusable(self) -> bool:
@@ -75,22 +77,24 @@ def survey(model: nn.Module) -> list[Candidate]:
     merged_by_parent = {
         id(m.base_layer.out_proj) for m in layers if isinstance(m, lora.MultiheadAttention)
     }
-    bases = {id(m.base_layer) for m in layers}
+    hosts, adapters = _own_types()
+    bases = {id(m.base_layer) for m in layers if not isinstance(m, hosts)}
     quantised = _quantised_types()
-    found = [
-        _candidate(path, module, id(module) in merged_by_parent)
-        for path, module in modules
-        if isinstance(module, BaseTunerLayer)
-        or (isinstance(module, quantised) and id(module) not in bases)
-    ]
-    wanted = any(candidate.is_lora and candidate.fusable for candidate in found)
     inside = {id(inner) for layer in layers for inner in _inside(layer)}
+    inside |= {id(inner) for _, m in modules if isinstance(m, adapters) for inner in m.modules()}
+    found: list[Candidate] = []
+    parts: list[Candidate] = []
     for path, module in modules:
-        if id(module) not in inside and (wanted or state_of(module) is not None):
-            handler = part_of(module)
-            if handler is not None:
-                found.append(_part(path, module, handler))
-    return found
+        if isinstance(module, adapters) or (
+            isinstance(module, BaseTunerLayer) and not isinstance(module, hosts)
+        ):
+            found.append(_candidate(path, module, id(module) in merged_by_parent))
+        elif isinstance(module, quantised) and id(module) not in bases:
+            found.append(_candidate(path, module, False))
+        elif id(module) not in inside and (handler := part_of(module)) is not None:
+            (found if handler.is_method else parts).append(_part(path, module, handler))
+    wanted = any(candidate.is_method and candidate.fusable for candidate in found)
+    return found + [part for part in parts if wanted or part.state is not None]
 
 
 def claimed_children(candidates: list[Candidate], plans: dict[str, Any]) -> dict[str, str]:
@@ -120,6 +124,16 @@ def _part(path: str, module: Any, handler: Part) -> Candidate:
     if unsupported := handler.unsupported(module):
         return Candidate(path, module, handler, unsupported=tuple(unsupported))
     return Candidate(path, module, handler, obstacles=tuple(handler.obstacles(module)))
+
+
+def _own_types() -> tuple[tuple[type[nn.Module], ...], tuple[type[nn.Module], ...]]:
+    """The tuner layers of `peftfast.methods`, whose adapters are found beside them, and those."""
+    methods: Any = sys.modules.get("peftfast.methods.layer")
+    adapters: Any = sys.modules.get("peftfast.nn.bottleneck")
+    return (
+        () if methods is None else (methods.AdapterHost,),
+        () if adapters is None else (adapters.BottleneckAdapter,),
+    )
 
 
 def _quantised_types() -> tuple[type[nn.Module], ...]:

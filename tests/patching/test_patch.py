@@ -135,7 +135,7 @@ def test_exclude(exclude: Any, left: int) -> None:
     others = [entry for entry in found.not_fused if entry not in left_out]
     if left == 14:
         why = {reason for entry in others for reason in entry.reasons}
-        assert "no LoRA layer around is fused" in why
+        assert "no layer of a method around is fused" in why
         assert not found.fused
     else:
         assert all("excluded by" in entry.reasons[0] for entry in others)

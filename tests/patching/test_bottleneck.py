@@ -1,0 +1,458 @@
+"""Trained bottlenecks of other code: which are found, what they give, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftfast.memory import saved_bytes
+from peftfast.nn import BottleneckAdapter
+from peftfast.ops.dispatch import ImplUnavailable
+from peftfast.patching import patch, report, unpatch
+from peftfast.patching.state import state_of
+from tests.patching.tiny import FAMILIES, copy_of, inputs_of, step_is_as_good
+
+D, M = 16, 5
+
+
+class Adapter(nn.Module):
+    """The form in which papers' code has it; `sums` and `scale` may be left out."""
+
+    def __init__(
+        self, *, scale: Any = None, p: float = 0.0, sums: bool = True, norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.down_proj = nn.Linear(D, M)
+        self.non_linear_func = nn.ReLU(inplace=True)
+        self.up_proj = nn.Linear(M, D)
+        self.norm_before = nn.LayerNorm(D) if norm else None
+        self.scale = scale
+        self.dropout, self.sums = p, sums
+
+    def forward(self, x: Tensor, add_residual: bool = True) -> Tensor:
+        h = x if self.norm_before is None else self.norm_before(x)
+        h = self.non_linear_func(self.down_proj(h))
+        h = F.dropout(h, p=self.dropout, training=self.training)
+        up = self.up_proj(h)
+        if self.scale is not None:
+            up = up * self.scale
+        return x + up if self.sums and add_residual else up
+
+
+class Houlsby(nn.Module):
+    """An activation that is no module."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.gelu) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(D, M), nn.Linear(M, D), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.second(self.act(self.first(x)))
+        return y
+
+
+class DroppedAfter(Houlsby):
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.Dropout(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.after(self.second(self.act(self.first(x))))
+        return y
+
+
+FORMS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.Sequential(nn.Linear(D, M), nn.ReLU(), nn.Linear(M, D)),
+    "linear": lambda: nn.Sequential(nn.Linear(D, M, bias=False), nn.Linear(M, D)),
+    "to another width": lambda: nn.Sequential(nn.Linear(D, M), nn.SiLU(), nn.Linear(M, D + 4)),
+    "layer norm": lambda: nn.Sequential(
+        nn.LayerNorm(D), nn.Linear(D, M), nn.GELU(), nn.Linear(M, D)
+    ),
+    "rms norm": lambda: nn.Sequential(
+        nn.RMSNorm(D, eps=1e-5), nn.Linear(D, M), nn.Identity(), nn.GELU("tanh"), nn.Linear(M, D)
+    ),
+    "dropouts": lambda: nn.Sequential(
+        nn.Linear(D, M), nn.Tanh(), nn.Dropout(0.2), nn.Linear(M, D), nn.Dropout(0.3)
+    ),
+    "sums": Houlsby,
+    "sums, tanh": lambda: Houlsby(torch.tanh),
+    "sums, dropout": DroppedAfter,
+    "norm and sums": lambda: Adapter(norm=True),
+    "a factor": lambda: Adapter(scale=0.3, p=0.1),
+    "a whole factor": lambda: Adapter(scale=4, sums=False),
+    "a learned factor": lambda: Adapter(scale=nn.Parameter(torch.ones(1))),
+    "a learned scalar": lambda: Adapter(scale=nn.Parameter(torch.tensor(2.0)), sums=False),
+}
+
+
+def pair(form: str) -> tuple[Any, Any]:
+    """A patched bottleneck in evaluation mode, and as it was."""
+    torch.manual_seed(0)
+    own = FORMS[form]().eval()
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.normal_()
+    return patch(copy.deepcopy(own)), own
+
+
+def step(module: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.float().pow(2).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in module.parameters())]  # type: ignore[list-item]
+
+
+def agree(module: nn.Module, own: nn.Module, x: Tensor) -> None:
+    """Errors against float64 are at most twice the module's own, plus one rounding."""
+    exact = step(copy.deepcopy(own).double(), x.double())
+    for got, theirs, truth in zip(step(module, x), step(own, x), exact, strict=True):
+        assert got.dtype == theirs.dtype and got.shape == theirs.shape
+        size = float(truth.norm())
+        error, allowed = (float((t.double() - truth).norm()) / size for t in (got, theirs))
+        roundings = 16 if got.dtype == torch.float64 else 1  # there the module's own is the truth
+        assert error <= 2 * allowed + roundings * torch.finfo(got.dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bottleneck_runs_as_the_op(form: str, dtype: torch.dtype) -> None:
+    module, own = pair(form)
+    agree(module.to(dtype), own.to(dtype), torch.randn(3, 7, D, dtype=dtype))
+    (entry,) = (one for one in report(module).fused if one.op == "bottleneck")
+    assert entry.path == "" and entry.hits == 1 and not entry.delegations
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast(form: str, dtype: torch.dtype) -> None:
+    module, own = pair(form)
+    x = torch.randn(3, 7, D, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = module(x), own(x)
+    assert got.dtype == expected.dtype
+    largest = float(expected.detach().abs().max())
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.05 * largest)
+    left = state_of(module).delegations
+    if "learned" in form and (dtype == torch.bfloat16 or "scalar" in form):
+        assert left == {"its output is multiplied by a parameter, under autocast": 1}
+    else:
+        assert not left
+
+
+def test_dropouts_drop_where_they_did() -> None:
+    x = torch.randn(6, D)
+    for form in ("dropouts", "sums, dropout", "a factor"):
+        module, own = pair(form)
+        module.train()
+        assert not torch.equal(module(x), own(x)), form
+        for name in ("2", "4", "after"):
+            if name in own._modules:
+                getattr(module, name).p = 1.0
+        module.dropout = 1.0
+        expected = x if form == "sums, dropout" else torch.zeros_like(x)
+        if form == "a factor":
+            expected = x + 0.3 * own.up_proj.bias
+        torch.testing.assert_close(module(x), expected)
+        assert not state_of(module).delegations
+
+
+def test_a_dropout_before_the_up_projection_keeps_its_bias() -> None:
+    module, own = pair("dropouts")
+    module.train()
+    module[2].p, module[4].p = 1.0, 0.0
+    torch.testing.assert_close(module(torch.randn(6, D)), own[3].bias.expand(6, D))
+
+
+def test_factors_are_read_at_each_call() -> None:
+    module, own = pair("a factor")
+    module.scale = own.scale = -2.5
+    agree(module, own, torch.randn(4, D))
+    module.scale = own.scale = torch.tensor(2.0)
+    agree(module, own, torch.randn(4, D))
+    assert state_of(module).delegations == {"its attribute 'scale' is tensor(2.)": 1}
+
+
+def _hook(module: Any) -> None:
+    module.up_proj.register_forward_hook(lambda m, a, y: 2 * y)
+
+
+def _subclass(module: Any) -> None:
+    module.up_proj.__class__ = type("Other", (nn.Linear,), {"forward": lambda s, x: x[..., :1]})
+
+
+def _widen(module: Any) -> None:
+    module.up_proj.double()
+
+
+def _add(module: Any) -> None:
+    module.other = nn.Linear(D, D)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: setattr(m, "sums", False), "its attribute 'sums' has changed"),
+        (lambda m: setattr(m, "norm_before", None), "its norm_before is a NoneType"),
+        (lambda m: setattr(m, "non_linear_func", nn.GELU()), "its non_linear_func is a GELU"),
+        (_hook, "its up_proj has hooks"),
+        (_subclass, "its up_proj is a Other"),
+        (_add, "its children have changed"),
+    ],
+)
+def test_a_change_after_patch_leaves_it_to_its_own_forward(
+    change: Callable[[Any], None], reason: str
+) -> None:
+    module, own = pair("norm and sums")
+    change(module)
+    change(own)
+    x = torch.randn(4, D)
+    assert torch.equal(module(x), own(x))
+    assert state_of(module).delegations == {reason: 1}
+
+
+def test_calls_that_the_op_does_not_make() -> None:
+    module, own = pair("norm and sums")
+    x = torch.randn(4, D)
+    assert torch.equal(module(x, add_residual=False), own(x, add_residual=False))
+    assert module(x.to_sparse().to_dense()).shape == x.shape
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x.half()).dtype == own(x.half()).dtype
+    assert state_of(module).delegations == {
+        "called with arguments besides the input": 1,
+        "the input is torch.float16, autocast computes in torch.bfloat16": 1,
+    }
+    _widen(module)
+    with pytest.raises(RuntimeError, match="must have the same dtype|same dtype"):
+        module(x)
+    assert "its up_proj.weight is torch.float64, the input torch.float32" in (
+        state_of(module).delegations
+    )
+
+
+class Twice(Houlsby):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+class Counting(Houlsby):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+class Fixed(Houlsby):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.dropout(self.act(self.first(x)), 0.5, self.training))
+
+
+class InTraining(Houlsby):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else x
+
+
+class Wide(Houlsby):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+class Sums(Adapter):
+    def forward(self, x: Tensor, add_residual: bool = True) -> Tensor:
+        return super().forward(x) + self.dropout
+
+
+class Pair(Houlsby):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def _hooked() -> nn.Module:
+    module = Houlsby()
+    module.second.register_forward_hook(lambda m, a, y: None)
+    return module
+
+
+def _replaced() -> nn.Module:
+    module = Houlsby()
+    module.forward = lambda x: x  # type: ignore[method-assign]
+    return module
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "other maths": (Twice, "no bottleneck that the op does"),
+    "another act": (
+        lambda: nn.Sequential(nn.Linear(D, M), nn.Softplus(), nn.Linear(M, D)),
+        "its 1 computes no activation that has an op",
+    ),
+    "dropout before": (
+        lambda: nn.Sequential(nn.Dropout(0.1), nn.Linear(D, M), nn.ReLU(), nn.Linear(M, D)),
+        "no bottleneck that the op does",
+    ),
+    "norm after": (
+        lambda: nn.Sequential(nn.Linear(D, M), nn.ReLU(), nn.Linear(M, D), nn.LayerNorm(D)),
+        "no bottleneck that the op does",
+    ),
+    "a fixed dropout": (Fixed, "drops elements with a probability that is no attribute"),
+    "training differs": (InTraining, "in evaluation it computes another thing"),
+    "another dtype": (Wide, "in bfloat16 it computes another thing"),
+    "two numbers": (lambda: Sums(scale=2.0, p=0.5), "depends on 'scale' and 'dropout'"),
+    "a pair": (Pair, "it returns a tuple"),
+    "state": (Counting, "it sets its attribute 'calls'"),
+    "no eps": (
+        lambda: nn.Sequential(nn.RMSNorm(D), nn.Linear(D, M), nn.ReLU(), nn.Linear(M, D)),
+        "norm_eps is NoneType",
+    ),
+    "a subclass": (
+        lambda: nn.Sequential(nn.Linear(D, M), nn.ReLU(), OwnLinear(M, D)),
+        "its 2 is a OwnLinear, a subclass of nn.Linear",
+    ),
+    "a hook": (_hooked, "its second has hooks"),
+    "a forward": (_replaced, "its forward was replaced on the instance"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_alone_and_why(name: str) -> None:
+    make, reason = LEFT[name]
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"held": make()})
+    kind, state = type(module["held"]), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="nothing was fused"):
+        patch(module)
+    assert type(module["held"]) is kind
+    assert torch.equal(torch.get_rng_state(), state)
+    (entry,) = (one for one in report(module).not_fused if one.path == "held")
+    assert reason in "; ".join(entry.reasons)
+
+
+def _frozen() -> nn.Module:
+    return Houlsby().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _frozen,
+        lambda: nn.Sequential(nn.Linear(D, 4 * D), nn.ReLU(), nn.Linear(4 * D, D)),
+        lambda: nn.Sequential(nn.Linear(D, M), nn.ReLU(), nn.Linear(M, 3)),
+        lambda: nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)),
+        lambda: nn.ModuleList([nn.Linear(D, M), nn.ReLU(), nn.Linear(M, D)]),
+        lambda: nn.Sequential(nn.Linear(D, M), nn.ReLU(), nn.Linear(M, D), nn.Sigmoid()),
+        lambda: nn.Sequential(nn.Linear(D, M), nn.Conv1d(1, 1, 1), nn.Linear(M, D)),
+        lambda: nn.Sequential(nn.Linear(D, M), nn.Linear(M, M), nn.Linear(M, D)),
+    ],
+)
+def test_what_is_no_bottleneck_is_not_listed(make: Callable[[], nn.Module]) -> None:
+    found = report(nn.ModuleDict({"held": make()}))
+    assert not found.fused and not found.not_fused
+
+
+def test_patch_and_unpatch() -> None:
+    module = nn.Sequential(FORMS["layer norm"](), Adapter(norm=True, p=0.1))
+    kinds = {path: type(m) for path, m in module.named_modules()}
+    attributes = {path: dict(m.__dict__) for path, m in module.named_modules()}
+    keys, parameters = list(module.state_dict()), list(module.parameters())
+    assert patch(module) is module
+    assert isinstance(module[0], nn.Sequential) and isinstance(module[1], Adapter)
+    assert [one.path for one in report(module).fused] == ["0", "1"]  # norms and acts with them
+    assert list(module.state_dict()) == keys
+    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
+    unpatch(module)
+    assert {path: type(m) for path, m in module.named_modules()} == kinds
+    assert {path: dict(m.__dict__) for path, m in module.named_modules()} == attributes
+
+
+def test_copies_and_pickles() -> None:
+    module, own = pair("a learned factor")
+    x = torch.randn(4, D)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        agree(other, own, x)
+        assert state_of(other).hits == 1 and not state_of(other).delegations
+        unpatch(other)
+        assert type(other) is Adapter
+
+
+def test_exclude_strict_and_impl() -> None:
+    def make() -> nn.Module:
+        return nn.ModuleDict({"a": Houlsby(), "b": FORMS["relu"]()})
+
+    assert [one.path for one in report(patch(make(), exclude=["a"], strict=True)).fused] == ["b"]
+    with pytest.raises(RuntimeError, match=r"b: its forward was replaced"):
+        model = make()
+        model["b"] = _replaced()
+        patch(model, strict=True)
+    with pytest.raises(ImplUnavailable, match="float64"):
+        patch(make().double(), impl="triton")
+    kept = patch(make(), impl="reference", memory="keep")
+    assert [(one.path, one.op, one.impl) for one in report(kept).fused] == [
+        ("a", "bottleneck", "reference"),
+        ("b", "bottleneck", "reference"),
+    ]
+
+
+class Sublayer(nn.Module):
+    """A module of a model, and a bottleneck after it."""
+
+    def __init__(self, inner: nn.Module, features: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.adapter = nn.Sequential(nn.Linear(features, 4), nn.GELU(), nn.Linear(4, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y + self.adapter(y)
+
+
+def adapted_by_hand(family: str = "llama") -> Any:
+    """A frozen model with trained bottlenecks."""
+    torch.manual_seed(0)
+    model: Any = FAMILIES[family].make().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp = Sublayer(layer.mlp, 32)
+        with torch.no_grad():
+            for parameter in layer.mlp.adapter.parameters():
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def test_what_surrounds_them_is_rewired_too() -> None:
+    plain = adapted_by_hand()
+    model = patch(copy_of(plain))
+    inputs = inputs_of(columns=12)
+    step_is_as_good(model, plain, inputs)
+    found = report(model)
+    ops = {one.op for one in found.fused if one.hits}
+    assert ops >= {"bottleneck", "rms_norm", "gated_activation", "sdpa", "linear_cross_entropy"}
+    left = [one for one in found.fused if one.delegations and one.op != "linear_cross_entropy"]
+    assert not left, left
+    ours, theirs = (
+        saved_bytes(lambda m=m: m(**inputs).loss, exclude=m, at_end=True) for m in (model, plain)
+    )
+    assert ours < theirs
+
+
+def test_compiled() -> None:
+    module, own = pair("norm and sums")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    agree(compiled, own, torch.randn(4, D))
+    assert not state_of(module).delegations
+
+
+def test_the_projects_own_adapter_is_not_taken_for_one() -> None:
+    model = patch(nn.Sequential(BottleneckAdapter(D, M)))
+    assert isinstance(model[0], BottleneckAdapter)
+    assert [one.op for one in report(model).fused] == ["bottleneck"]
