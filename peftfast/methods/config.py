@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -23,8 +23,8 @@ class MethodConfig(PeftConfig):
         method: the method's name, under which `register_method` has it; set by itself.
         layers: indices of the layers that are adapted, counted over the model's stacks in their
             order (encoder, then decoder); None: all.
-        target_modules: names of modules, or ends of them, or a regular expression: what the site
-            "modules" means.
+        target_modules: names of modules, or ends of them, or a regular expression, or "all-linear"
+            (every linear of the layers): what the site "modules" means.
         modules_to_save: further modules that are trained and saved, as in PEFT.
         train_norms: train every LayerNorm and RMSNorm of the model too (copies of them, in
             modules_to_save).
@@ -59,6 +59,9 @@ class MethodConfig(PeftConfig):
         if self.method not in (None, own):
             raise ValueError(f"method is {self.method!r}; {type(self).__name__} is {own!r}")
         self.method = own
+        # Whether this is a saved configuration; one that is used twice is no checkpoint.
+        self.is_saved = self.placed is not None
+        self._norms: list[str] = []
         self.peft_type = peft_type()
         if self.layers is not None:
             self.layers = _indices(self.layers)
@@ -67,6 +70,12 @@ class MethodConfig(PeftConfig):
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
         self.resolved()
+
+    def save_norms(self, names: Sequence[str]) -> None:
+        """Have PEFT train and save these, in place of those of a model before."""
+        others = [one for one in self.modules_to_save or [] if one not in self._norms]
+        self.modules_to_save = list(dict.fromkeys([*others, *names]))
+        self._norms = list(names)
 
     def declare(self) -> list[Component]:
         """The declaration: the components, in the order in which they act. A method's subclass

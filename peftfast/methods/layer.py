@@ -68,6 +68,15 @@ class AdapterHost(nn.Module, BaseTunerLayer):
             if placement.tap is not None:
                 self._taps[placement.tap] = tap
 
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the module that is wrapped: models read some (a dropout's p)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith(PREFIX):
+                raise
+            return getattr(self.base_layer, name)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._placed.pop(adapter_name, None)
@@ -191,39 +200,41 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         for name in names:
             if reasons := self.merge_reasons(name):
                 raise ValueError(f"adapter {name!r} can't be merged: {'; '.join(reasons)}")
-        for name in names:
-            if any(True for _ in self.components(name)):
-                self._add(name, 1.0, safe_merge)
-                self.merged_adapters.append(name)
+        names = [name for name in names if name in self._placed]
+        self._add(names, 1.0, safe_merge)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Take the merged adapters' changes out of the base weight again."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        while self.merged_adapters:
-            self._add(self.merged_adapters.pop(), -1.0, False)
+        self._add(self.merged_adapters, -1.0, False)
+        self.merged_adapters.clear()
 
     @torch.no_grad()
-    def _add(self, adapter_name: str, sign: float, safe: bool) -> None:
+    def _add(self, adapter_names: list[str], sign: float, safe: bool) -> None:
+        modules = [module for name in adapter_names for _, module in self.components(name)]
+        if not modules:
+            return
         base: Any = self.base_layer
-        transposed = isinstance(base, Conv1D)
-        changes = []
-        for _, module in self.components(adapter_name):
-            delta = sign * _linear_delta(module)  # [out, in]
-            shift = _shift(module)
-            weight = base.weight + (delta.T if transposed else delta).to(base.weight.dtype)
-            bias = None if shift is None else base.bias + (sign * shift).to(base.bias.dtype)
-            for value in (weight, bias):
-                if safe and value is not None and not torch.isfinite(value).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems"
-                        " to be broken"
-                    )
-            changes.append((weight, bias))
-            base.weight.data = weight
-            if bias is not None:
-                base.bias.data = bias
+        change: Tensor = sum(_linear_delta(module) for module in modules)  # type: ignore[assignment]
+        if isinstance(base, Conv1D):
+            change = change.T
+        weight = base.weight + (sign * change).to(base.weight.dtype)
+        bias = base.bias
+        for module in modules:
+            if (shift := _shift(module)) is not None:
+                bias = bias + (sign * shift).to(bias.dtype)
+        for value in (weight, bias):
+            if safe and value is not None and not torch.isfinite(value).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights: an adapter of {adapter_names} seems to"
+                    " be broken"
+                )
+        base.weight.data = weight
+        if bias is not None:
+            base.bias.data = bias
 
     def __repr__(self) -> str:
         return "peftfast." + super().__repr__()

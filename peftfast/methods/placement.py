@@ -13,6 +13,8 @@ from peftfast.methods.component import MODULES, Component
 from peftfast.methods.config import MethodConfig
 from peftfast.methods.sites import SITES, Block, find_blocks, linear_sizes
 
+ALL_LINEAR = "all-linear"
+
 
 @dataclass(frozen=True)
 class BlockRef:
@@ -142,7 +144,11 @@ def _on_modules(
 ) -> list[Placement]:
     found = []
     for name, _ in model.named_modules():
-        if not name or not _named(name, config.target_modules):
+        if config.target_modules == ALL_LINEAR:
+            wanted = any(name in block.linears.values() for block in blocks)
+        else:
+            wanted = bool(name) and _named(name, config.target_modules)
+        if not wanted:
             continue
         ref = next((r for b, r in zip(blocks, refs, strict=True) if _inside(name, b.name)), None)
         if config.layers is not None and (ref is None or ref.position not in config.layers):

@@ -46,7 +46,7 @@ class AdapterModel(BaseTuner):
             )
         placements = place(model, peft_config)
         found = fingerprint(placements)
-        if peft_config.placed is not None and peft_config.placed != found:
+        if peft_config.is_saved and peft_config.placed not in (None, found):
             raise ValueError(
                 f"the configuration was made for another model: its components had"
                 f" {_described(peft_config.placed)}; this model has {_described(found)}."
@@ -63,8 +63,7 @@ class AdapterModel(BaseTuner):
                     )
         peft_config.placed = found
         if peft_config.train_norms:
-            wanted = [*(peft_config.modules_to_save or []), *find_norms(model)]
-            peft_config.modules_to_save = list(dict.fromkeys(wanted))
+            peft_config.save_norms(find_norms(model))
         self._plan = {}
         for placement in placements:
             self._plan.setdefault(placement.host, []).append(placement)
@@ -119,7 +118,10 @@ class AdapterModel(BaseTuner):
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             dtype = torch.float32
         component = placement.component
-        options: dict[str, Any] = {"dtype": dtype, "device": weight.device}
+        device = weight.device
+        if device.type == "meta":  # offloaded by accelerate, which says where it computes
+            device = getattr(getattr(near, "_hf_hook", None), "execution_device", None) or device
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         if component.primitive == "kronecker":
             options["shared"] = self._shared.get(component.divisions)
         module = component.make(placement.in_features, placement.out_features, **options)

@@ -262,6 +262,29 @@ def test_compiles_whole(family: str) -> None:
     torch.testing.assert_close(logits(compiled), expected)
 
 
+def test_a_configuration_serves_several_models() -> None:
+    config = houlsby()
+    for family, norms in (("bert", 5), ("llama", 5), ("gemma3", 13)):
+        model = peft.get_peft_model(made(family), config)
+        trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+        assert sum(".modules_to_save." in name for name in trained) == norms
+
+
+def test_every_linear_by_one_word() -> None:
+    component = Component("modules", insertion="parallel", form="identity", bottleneck=2)
+    config = UnifiedConfig(components=[component], target_modules="all-linear")
+    model = peft.get_peft_model(made("llama"), config)
+    assert len(hosts(model)) == 14
+
+
+def test_attributes_of_what_is_wrapped_are_there() -> None:
+    model = peft.get_peft_model(made("bert"), houlsby())
+    dropout = model.base_model.model.bert.encoder.layer[0].output.dropout
+    assert isinstance(dropout, AdapterHost) and dropout.p == 0.0
+    with pytest.raises(AttributeError, match="nothing_there"):
+        _ = dropout.nothing_there
+
+
 def test_muted_layers_are_the_base_models() -> None:
     base = made("bert")
     plain = logits(base)
