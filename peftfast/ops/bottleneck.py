@@ -258,10 +258,17 @@ def _implementation(operands: _Operands, settings: _Settings, dy: Tensor | None 
     batched = ["the gradients are batched"] if is_batched([dy]) else []
 
     def triton() -> list[str]:
-        dtypes = dict.fromkeys((operands.x.dtype, _dtype(operands, settings)))
-        reasons = next(filter(None, (triton_reasons(device, dtype) for dtype in dtypes)), [])
-        if 0 in (*operands.x.shape[-1:], *operands.up.shape):
+        dtypes = {one.dtype for one in operands[:-1] if one is not None}
+        dtypes.add(_dtype(operands, settings))
+        reasons = next(filter(None, (triton_reasons(device, one) for one in dtypes)), [])
+        if 0 in (operands.x.shape[-1], operands.up.shape[0]):
             reasons = [*reasons, "there are no input or no output features"]
+        if not reasons:
+            from peftfast_kernels import tiles
+
+            if (width := operands.down.shape[0]) > tiles.BOTTLENECK_LIMIT:
+                most = f"{tiles.BOTTLENECK_LIMIT} is the most a kernel holds"
+                reasons = [f"the bottleneck is {width} wide; {most}"]
         return reasons + batched
 
     def native() -> list[str]:
