@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -81,6 +81,20 @@ def passed_until_added(node: fx.Node) -> list[str] | None:
             return None
 
 
+def reaches(node: fx.Node, leaf: str, ends: Container[str]) -> bool:
+    """Whether a leaf gets a value, or what was made of it by others than the leaves `ends`."""
+    seen = {node}
+    waiting = [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "call_module" and user.target == leaf:
+                return True
+            if user not in seen and user.target not in ends:
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
 def multiplies(node: fx.Node) -> bool:
     """Whether a node is the product of two values."""
     return node.target in _SCALINGS and len(_values(node)) == 2
@@ -128,7 +142,8 @@ def _view(
         kind = _recording(kind)  # type: ignore[arg-type]
         attributes["_record"] = functools.partial(tracer.create_proxy, "call_module", path)
     else:
-        attributes |= {name: {} for name in _HOOKS}
+        attributes |= {name: {} for name in _HOOKS} | {"training": False}
+        attributes |= {name: dict(attributes[name]) for name in ("_parameters", "_buffers")}
         attributes["_modules"] = {
             name: child and _view(child, f"{path}.{name}" if path else name, is_leaf, tracer)
             for name, child in module._modules.items()

@@ -126,13 +126,13 @@ def find_blocks(model: nn.Module) -> list[Block]:
     found: list[Block] = []
     counts: dict[str, int] = {}
     for paths in _stacks(tree):
-        for path in paths:
-            block = _block(tree, path)
-            if block is None:
-                continue
-            tower = re.sub(r"\d+", "#", path.rpartition(".")[0])
+        parts = {path: part for path in paths if (part := _block(tree, path)) is not None}
+        causal = any(part.causal for part in parts.values())
+        for path, part in parts.items():
+            tower = re.sub(r"\d+", "#", _parent(path))
             index = counts[tower] = counts.get(tower, -1) + 1
-            found.append(Block(path, block.stack, index, block.points, block.linears, block.norms))
+            stack: Literal["encoder", "decoder"] = "decoder" if causal else "encoder"
+            found.append(Block(path, stack, index, part.points, part.linears, part.norms))
     if not found:
         raise ValueError(
             f"no transformer block was found in {type(model).__name__}: looked in every ModuleList"
@@ -230,16 +230,23 @@ class _Tree:
     def _is_core(self, path: str) -> bool:
         """Whether a module makes q, k and v: of linears of its own, for heads."""
         module = self.modules[path]
-        own = [name for name in module._modules if _join(path, name) in self.linears]
-        if all(_role(name) == "output" for name in own):
+        if not any(isinstance(vars(module).get(name), int) for name in _HEADS):
             return False
-        return any(isinstance(vars(module).get(name), int) for name in _HEADS)
+        sizes = {
+            n: self.linears[_join(path, n)]
+            for n in module._modules
+            if _join(path, n) in self.linears
+        }
+        own = {role: name for name in sizes if (role := _role(name)) != "output"}
+        if set(own) == {"qkv"} and own["qkv"] == "in_proj":  # a state-space model's has more
+            return sizes["in_proj"][1] == 3 * sizes["in_proj"][0]
+        return bool(own)
 
     def _has_experts(self, path: str) -> bool:
         """Whether a module holds experts: weights of three dimensions, or a list of networks."""
         module = self.modules[path]
         if any(p is not None and p.ndim == 3 for p in module._parameters.values()):
-            return not self.cores_in(path)
+            return not (self.cores_in(path) or hasattr(module, "kernel_size"))
         if not isinstance(module, nn.ModuleList) or len(module) < 2 or self.cores_in(path):
             return False
         return all(len(self.linears_in(_join(path, name))) > 1 for name in module._modules)
@@ -280,7 +287,7 @@ class _Sublayer(NamedTuple):
 
 
 class _Found(NamedTuple):
-    stack: Literal["encoder", "decoder"]
+    causal: bool
     points: Mapping[str, Point]
     linears: Mapping[str, str]
     norms: tuple[str, ...]
@@ -331,12 +338,8 @@ def _block(tree: _Tree, path: str) -> _Found | None:
         points["ffn_output"] = Point(_end(tree, path, whole, calls), "output", width, near)
     if not points:
         return None
-    return _Found(
-        "decoder" if causal else "encoder",
-        MappingProxyType(points),
-        MappingProxyType(linears),
-        tree.norms(path),
-    )
+    norms = tree.norms(path)
+    return _Found(causal, MappingProxyType(points), MappingProxyType(linears), norms)
 
 
 def _attention(tree: _Tree, core: str, block: str) -> _Sublayer | None:
@@ -351,8 +354,9 @@ def _attention(tree: _Tree, core: str, block: str) -> _Sublayer | None:
         roles["kv"] = roles.pop("qkv")
     output = roles.get("output")
     if output is None:
-        around = [name for name in tree.linears_in(_parent(core)) if name not in own]
-        if not around:
+        holder = _parent(core)
+        around = [name for name in tree.linears_in(holder) if name not in own]
+        if not around or len(holder) <= len(block):
             return None
         output = around[0]
     inputs = [name for name in own if name != output]
@@ -385,12 +389,19 @@ def _ffn_linears(tree: _Tree, block: str) -> dict[str, tuple[int, int]]:
 def _ffn(tree: _Tree, block: str, calls: dict[str, list[fx.Node]]) -> _Sublayer | None:
     """The widest pair of linears in a block that leads from a width to itself."""
     linears = _ffn_linears(tree, block)
+    ends = {name[len(block) + 1 :] for name in (*tree.linears_in(block), *tree.cores_in(block))}
     best: tuple[int, str, list[str]] | None = None
     for down, (inner, outer) in linears.items():
+        goal = down[len(block) + 1 :]
         ups = [
             name
             for name, (n_in, n_out) in linears.items()
-            if name != down and n_in == outer and n_out in (inner, 2 * inner)
+            if name != down
+            and n_in == outer
+            and n_out in (inner, 2 * inner)
+            and all(
+                flow.reaches(node, goal, ends) for node in calls.get(name[len(block) + 1 :], ())
+            )
         ]
         near = [name for name in ups if _parent(name) == _parent(down)]
         if ups and (best is None or inner >= best[0]):

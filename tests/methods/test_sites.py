@@ -559,6 +559,32 @@ def test_experts_in_a_list() -> None:
     assert "ffn_hidden" not in block.points and "ffn_down" not in block.linears
 
 
+def test_a_state_space_mixer_is_no_attention() -> None:
+    """Beside attention it is passed over; a layer that has it instead keeps its other sublayer."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 4
+            self.in_proj, self.out_proj = nn.Linear(32, 140), nn.Linear(64, 32)
+            self.conv1d = nn.Conv1d(64, 64, 4, groups=64)
+
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+            return self.out_proj(self.in_proj(hidden_states)[..., :64]), None
+
+    model = made("llama")
+    whole = find_blocks(model)
+    first, second = model.model.layers
+    first.self_attn = Mixer()
+    attention = second.self_attn
+    del second.self_attn
+    second.mixer, second.self_attn = Mixer(), attention
+    without, beside = find_blocks(model)
+    assert beside == whole[1]
+    ffn = {site: point for site, point in whole[0].points.items() if site.startswith("ffn")}
+    assert dict(without.points) == ffn and without.stack == "decoder"
+
+
 def test_the_widest_feed_forward_network_is_the_sublayer() -> None:
     """A bottleneck that someone has put into a block is not taken for it."""
     model = made("bert")
