@@ -8,6 +8,7 @@ dropouts are off. The paper's count of trained parameters leaves the classifier 
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftConfig, get_peft_model
 from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -22,13 +24,19 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from benchmarks import records
 from benchmarks.quality.training import Example, Recipe, accuracy, memory, train
 from benchmarks.records import Row
-from peftfast.demo.classifier import bundled_model, quiet_transformers
+from peftfast.analysis.baselines import head_only, norms_only
+from peftfast.demo.classifier import bundled_model
 from peftfast.demo.data import banking77
 from peftfast.demo.progress import training_progress
+from peftfast.methods import (
+    HoulsbyConfig,
+    ParallelAdapterConfig,
+    PfeifferConfig,
+    ScaledParallelAdapterConfig,
+)
 
 NAME, SEARCH = "banking77", "banking77_search"
 EPOCHS, SEARCH_EPOCHS, BATCH, SEED = 6, 1, 32, 0
-BOTTLENECK = 64
 MAX_TOKENS = 128
 HELD_OUT = 10  # one in so many
 
@@ -54,8 +62,37 @@ def _full(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
+def _adapted(config: PeftConfig) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: get_peft_model(model, copy.deepcopy(config))
+
+
 METHODS = {
-    method.name: method for method in (Method("full fine-tuning", (1e-4, 2e-4, 4e-4), _full),)
+    method.name: method
+    for method in (
+        Method("full fine-tuning", (1e-4, 2e-4, 4e-4), _full),
+        Method("head only", (3e-3, 1e-2, 3e-2), head_only),
+        Method("norms only", (1e-3, 3e-3, 1e-2), norms_only),
+        Method(
+            "Houlsby, m = 64",
+            (1e-3, 2e-3, 4e-3),
+            _adapted(HoulsbyConfig(bottleneck=64, task_type="SEQ_CLS")),
+        ),
+        Method(
+            "Pfeiffer, m = 64",
+            (1e-3, 2e-3, 4e-3),
+            _adapted(PfeifferConfig(bottleneck=64, task_type="SEQ_CLS")),
+        ),
+        Method(
+            "parallel, m = 128",
+            (1e-3, 2e-3, 4e-3),
+            _adapted(ParallelAdapterConfig(bottleneck=128, task_type="SEQ_CLS")),
+        ),
+        Method(
+            "scaled parallel, m = 128",
+            (5e-4, 1e-3, 2e-3),
+            _adapted(ScaledParallelAdapterConfig(bottleneck=128, task_type="SEQ_CLS")),
+        ),
+    )
 }
 
 
@@ -96,10 +133,9 @@ def base_model(labels: Sequence[str], device: torch.device) -> nn.Module:
     config = AutoConfig.from_pretrained(bundled_model(), local_files_only=True)
     config.num_labels = len(labels)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    with quiet_transformers(bundled=True):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            bundled_model(), config=config, dtype=torch.float32, local_files_only=True
-        )
+    model = AutoModelForSequenceClassification.from_pretrained(
+        bundled_model(), config=config, dtype=torch.float32, local_files_only=True
+    )
     return model.to(device)
 
 

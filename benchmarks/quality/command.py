@@ -21,6 +21,7 @@ from benchmarks.quality.banking77 import (
 from benchmarks.records import Row
 from benchmarks.registry import BenchmarkError
 from benchmarks.tables import console, figure, show
+from peftfast.demo.classifier import quiet_transformers
 
 
 def train_methods(
@@ -51,18 +52,20 @@ def train_methods(
     chosen = [METHODS[name] for name in names] if names else list(METHODS.values())
     fresh: list[Row] = []
     progress = console_progress(Console(stderr=True, highlight=False))
-    for row in run(
-        chosen,
-        where,
-        seed=seed,
-        epochs=epochs,
-        known=[] if again else known,
-        progress=progress,
-    ):
-        row["provenance"] = stamp
-        fresh.append(row)
-        if record:
-            records.append([row], folder)
+    with quiet_transformers(bundled=True):
+        rows = run(
+            chosen,
+            where,
+            seed=seed,
+            epochs=epochs,
+            known=[] if again else known,
+            progress=progress,
+        )
+        for row in rows:
+            row["provenance"] = stamp
+            fresh.append(row)
+            if record:
+                records.append([row], folder)
     wanted = {method.name for method in chosen}
     shown = [
         row
