@@ -217,8 +217,10 @@ def bottleneck_backward(
         left = _with_ones(h) if want["up_bias"] else h
         left = left if factor is None else left * factor
         dup = _scaled_mm(left.t(), wide_dy, alpha)  # transposed, as a CPU multiplies it faster
-        grads["up"] = dup[: h.shape[1]].t().to(up.dtype).contiguous()
-        grads["up_bias"] = dup[-1].to(up.dtype)
+        whole = dup[: h.shape[1]].t().clone(memory_format=torch.contiguous_format)
+        grads["up"] = whole.to(up.dtype)
+        if want["up_bias"]:
+            grads["up_bias"] = dup[-1].clone().to(up.dtype)
     elif want["up_bias"]:
         scaled = wide_dy if factor is None else wide_dy * factor
         grads["up_bias"] = (scaled.sum(0, dtype=sums) * alpha).to(up.dtype)
