@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     banking77.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda if there is one"
     )
-    banking77.add_argument("--epochs", type=int, default=6, metavar="N")
+    banking77.add_argument("--epochs", type=int, default=4, metavar="N")
     banking77.add_argument("--seed", type=int, default=0, metavar="N")
     banking77.add_argument(
         "--again", action="store_true", help="train what is recorded already too"

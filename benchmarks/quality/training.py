@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter, process_time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,33 @@ class Example:
     label: int
 
 
+class Classifier(nn.Module):
+    """An encoder, the mean of its outputs over a text's tokens, and a linear layer."""
+
+    def __init__(self, encoder: nn.Module, width: int, labels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(width, labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [texts, labels]."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        logits: Tensor = self.classifier((hidden * mask).sum(1) / mask.sum(1))
+        return logits
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: AdamW without weight decay, linear warmup and decay."""
+    """How a model is trained: AdamW without weight decay, linear warmup and decay. The classifier,
+    which is new, takes a rate of its own where the rest has a lower one.
+    """
 
     epochs: int
     batch: int
     learning_rate: float
     seed: int
+    classifier_rate: float = 3e-3
     warmup: float = 0.06
 
     def steps(self, examples: int) -> int:
@@ -95,7 +115,8 @@ def train(
     device = next(model.parameters()).device
     clock = process_time if device.type == "cpu" else perf_counter
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups(model, recipe), weight_decay=0.0, fused=True)
+    highest = [group["lr"] for group in optimizer.param_groups]
     steps = recipe.steps(len(examples))
     draw = random.Random(recipe.seed)
     model.train()
@@ -108,8 +129,8 @@ def train(
         for batch in shuffled_batches(examples, recipe.batch, draw):
             start = clock()
             inputs, labels = collate(batch, pad, device)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * recipe.scale(len(seconds), steps)
+            for group, rate in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = rate * recipe.scale(len(seconds), steps)
             loss = _gradients(model, inputs, labels)
             nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
@@ -123,6 +144,24 @@ def train(
     return Trained(means, taken, perf_counter() - began, tokens / sum(seconds))
 
 
+def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """What is trained, with its highest learning rate: the classifier and the rest."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in trained if is_classifier(name)]
+    body = [p for name, p in trained if not is_classifier(name)]
+    rates = max(recipe.classifier_rate, recipe.learning_rate), recipe.learning_rate
+    return [
+        {"params": chosen, "lr": rate}
+        for chosen, rate in zip((head, body), rates, strict=True)
+        if chosen
+    ]
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a parameter of a `Classifier` is of its last layer."""
+    return name.startswith("classifier.")
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, examples: Sequence[Example], pad: int) -> float:
     """The share of the examples whose label is the most likely one."""
@@ -133,7 +172,7 @@ def accuracy(model: nn.Module, examples: Sequence[Example], pad: int) -> float:
     right = 0
     for start in range(0, len(ordered), EVALUATION_BATCH):
         inputs, labels = collate(ordered[start : start + EVALUATION_BATCH], pad, device)
-        right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+        right += int((model(**inputs).argmax(-1) == labels).sum())
     model.train(was_training)
     return right / len(ordered)
 
@@ -152,6 +191,6 @@ def memory(model: nn.Module, examples: Sequence[Example], pad: int, batch: int) 
 
 
 def _gradients(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
+    loss = nn.functional.cross_entropy(model(**inputs), labels)
     loss.backward()
     return loss.detach()
