@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peftfast.ops import gated_activation
@@ -152,6 +153,7 @@ class _Children(NamedTuple):
     linears: tuple[str, ...]
     act: str
     dropout: str
+    is_plain: bool  # whether that is a dropout itself, not a tuner layer around one
     inner: int  # features of the product
     outer: int
 
@@ -188,14 +190,18 @@ def _children(module: nn.Module) -> _Children | None:
     for last in found:
         inner, outer = last
         if sorted(found) == sorted([(outer, halves * inner)] * (3 - halves) + [last]):
-            return _Children(tuple(linears), acts[0], dropouts[0] if dropouts else "", inner, outer)
+            dropout = dropouts[0] if dropouts else ""
+            is_plain = not isinstance(module._modules.get(dropout), BaseTunerLayer)
+            return _Children(tuple(linears), acts[0], dropout, is_plain, inner, outer)
     return None
 
 
 def _plans(found: _Children, act: type[nn.Module]) -> Iterator[GatedPlan]:
     dropouts = [("", "")]
     if found.dropout:
-        dropouts += [(found.dropout, ""), ("", found.dropout)]
+        dropouts.append(("", found.dropout))
+    if found.dropout and found.is_plain:  # else it is to be called
+        dropouts.append((found.dropout, ""))
     if len(found.linears) == 3:
         roles = [(gate, up, down, True) for gate, up, down in itertools.permutations(found.linears)]
     else:
@@ -229,7 +235,9 @@ def _is_linear(module: Any) -> bool:
 
 
 def _is_dropout(module: nn.Module) -> bool:
-    return source_of(module) in _DROPOUTS
+    """Whether it is one, or a tuner layer around one."""
+    plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return source_of(plain) in _DROPOUTS
 
 
 def _weight_dtype(linear: Any) -> torch.dtype | None:
