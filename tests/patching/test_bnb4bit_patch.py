@@ -14,10 +14,20 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from peftfast.methods import ParallelAdapterConfig
 from peftfast.ops import ImplUnavailable, nf4
 from peftfast.patching import FusedModule, NotFusedModule, lora_call, patch, report
 from peftfast.patching.state import state_of
-from tests.patching.quantised import HALF, Attention, base_model, linear4bit, linears4bit, qlora
+from tests.patching.hosts import with_method
+from tests.patching.quantised import (
+    HALF,
+    Attention,
+    base_model,
+    linear4bit,
+    linears4bit,
+    qlora,
+    step_is_as_good,
+)
 from tests.patching.tiny import copy_of, inputs_of, layers_of, left_layers, randomise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,3 +296,14 @@ def test_a_fresh_process_loads_a_pickled_model(tmp_path: Path) -> None:
         assert not report(model).fused
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, check=True)
+
+
+def test_adapters_of_the_project_over_4_bit_linears() -> None:
+    plain = with_method(ParallelAdapterConfig(bottleneck=4), base_model())
+    model = patch(copy_of(plain))
+    step_is_as_good(model, plain, inputs_of())
+    found = report(model)
+    linears = {one.path for one in found.fused if one.op == "nf4_linear"}
+    assert linears == linears4bit(model).keys()
+    assert any(path.endswith("down_proj.base_layer") for path in linears)
+    assert all(one.hits for one in found.fused if one.op in ("nf4_linear", "bottleneck"))

@@ -29,23 +29,8 @@ from peftfast.nn import BottleneckAdapter, KroneckerAdapter
 from peftfast.ops.dispatch import ImplUnavailable
 from peftfast.patching import patch, report, unpatch
 from peftfast.patching.state import state_of
-from tests.patching import quantised
-from tests.patching.tiny import FAMILIES, copy_of, inputs_of, randomise, step_is_as_good
-
-
-def adapters(model: nn.Module) -> dict[str, Any]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, BottleneckAdapter)}
-
-
-def with_method(config: MethodConfig, base: Any = "llama") -> Any:
-    """A tiny model with adapters that matter, in evaluation mode."""
-    torch.manual_seed(0)
-    model = get_peft_model(FAMILIES[base].make() if isinstance(base, str) else base, config)
-    with torch.no_grad():
-        for adapter in adapters(model).values():
-            for parameter in adapter.parameters():
-                parameter.normal_(std=0.2)
-    return randomise(model).eval()
+from tests.patching.hosts import adapters, with_method
+from tests.patching.tiny import FAMILIES, copy_of, inputs_of, step_is_as_good
 
 
 def unified() -> MethodConfig:
@@ -227,14 +212,3 @@ def test_a_host_in_a_gated_mlp(after: bool) -> None:
     ops = {one.path.rpartition(".")[2]: one.op for one in report(model).fused}
     assert ops.get("mlp") == ("gated_activation" if after else None)
     assert ops["base_layer"] == "dropout" and ops.get("act") == (None if after else "activation")
-
-
-def test_over_4_bit_linears() -> None:
-    plain = with_method(ParallelAdapterConfig(bottleneck=4), quantised.base_model())
-    model = patch(copy_of(plain))
-    quantised.step_is_as_good(model, plain, inputs_of())
-    found = report(model)
-    linears = {one.path for one in found.fused if one.op == "nf4_linear"}
-    assert linears == quantised.linears4bit(model).keys()
-    assert any(path.endswith("down_proj.base_layer") for path in linears)
-    assert all(one.hits for one in found.fused if one.op in ("nf4_linear", "bottleneck"))
