@@ -1,4 +1,4 @@
-"""What a forward keeps for its backward: PEFT as it is, and patched.
+"""What a forward keeps for its backward: a model of PEFT as it is, and patched.
 
 Counted in units of tokens x layers x hidden x 2 bytes, in two ways. *Saved*: the distinct storages
 that autograd keeps when the forward has ended, parameters left out, under saved-tensor hooks.
@@ -27,12 +27,14 @@ from benchmarks.quantised import dense, quantised, shared_state
 from benchmarks.registry import Row, Say
 from benchmarks.targets import Target
 from peftfast.memory import saved_bytes
+from peftfast.methods import AdapterConfig, HoulsbyConfig, ParallelAdapterConfig
 
 SIZE = Size("4 x 1024", 1024, 2816, 4, 16, 4, 1024, 4, 512)
 DTYPE = torch.bfloat16
 PEFT, OURS = "peft", "peftfast"
 WAYS = ("saved_units", "alive_units")
 LIMIT, PADDED_LIMIT = 10.5, 11.0
+BOTTLENECK = 64
 _PADDING = (0.0, 0.08, 0.25, 0.58)  # share of each row, on the right
 _SEED = 3
 
@@ -53,7 +55,22 @@ class Method:
     adapt: Callable[[nn.Module, float], nn.Module]
 
 
-METHODS = {"lora": Method(False, _lora), "qlora": Method(True, _lora)}
+def _adapters(kind: type[AdapterConfig]) -> Callable[[nn.Module, float], nn.Module]:
+    def adapt(base: nn.Module, dropout_p: float) -> nn.Module:
+        config = kind(bottleneck=BOTTLENECK, dropout=dropout_p)
+        model: nn.Module = get_peft_model(copy.deepcopy(base, shared_state(base)), config)
+        return model
+
+    return adapt
+
+
+METHODS = {
+    "lora": Method(False, _lora),
+    "qlora": Method(True, _lora),
+    "houlsby": Method(False, _adapters(HoulsbyConfig)),
+    "parallel adapter": Method(False, _adapters(ParallelAdapterConfig)),
+}
+LIMITED = ("lora", "qlora")  # what LIMIT is said of; others are held to the model unpatched
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,7 @@ def targets(rows: list[Row]) -> list[Target]:
         case = _case(row)
         for way in WAYS:
             name = f"{case.title}: units {way.removesuffix('_units')}"
-            if case.checkpointing != "none":
+            if case.checkpointing != "none" or case.method not in LIMITED:
                 theirs = by_case.get((PEFT, _key(row)))
                 limit = None if theirs is None else theirs[way]
             elif case.compiled:
