@@ -23,15 +23,16 @@ class Counted(BottleneckAdapter):
     and serves where patch was told "auto".
     """
 
+    _own_impl: str
+
     @property
     def impl(self) -> str:
         state = state_of(self)
-        own: str = self.__dict__["impl"]
-        return own if state is None or state.impl == "auto" else state.impl
+        return self._own_impl if state is None or state.impl == "auto" else state.impl
 
     @impl.setter
     def impl(self, value: str) -> None:
-        self.__dict__["impl"] = value
+        self._own_impl = value
 
     def forward(self, x: Tensor, residual: bool | Tensor = True) -> Tensor:
         state: State | None = getattr(self, KEY, None)
@@ -57,6 +58,16 @@ class OwnAdapter(ClassSwap):
     def __init__(self, source: type[nn.Module], fused: type[nn.Module]) -> None:
         self.name = f"peftfast's {source.__name__}"
         self.source, self.fused = source, fused
+
+    def rewire(self, module: Any) -> None:
+        own = module.__dict__.pop("impl")
+        super().rewire(module)
+        module.impl = own
+
+    def restore(self, module: Any) -> None:
+        own = module.__dict__.pop("_own_impl")
+        super().restore(module)
+        module.impl = own
 
     def unsupported(self, module: Any) -> list[str]:
         return []

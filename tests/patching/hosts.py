@@ -21,6 +21,7 @@ def with_method(config: MethodConfig, base: Any = "llama") -> Any:
     """A tiny model with adapters that matter, in evaluation mode."""
     torch.manual_seed(0)
     model = get_peft_model(FAMILIES[base].make() if isinstance(base, str) else base, config)
+    torch.manual_seed(0)
     with torch.no_grad():
         for adapter in adapters(model).values():
             for parameter in adapter.parameters():

@@ -136,7 +136,7 @@ def test_what_is_not_the_adapters_own_forward_is_not_counted() -> None:
 
 
 def test_several_adapters_and_none() -> None:
-    model = with_method(HoulsbyConfig(bottleneck=4))
+    model = with_method(HoulsbyConfig(bottleneck=4, train_norms=False))
     model.add_adapter("other", PfeifferConfig(bottleneck=3))
     plain = copy_of(model)
     patch(model)
