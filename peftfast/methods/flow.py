@@ -29,7 +29,7 @@ _PASSING = (
 
 
 def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph | None:
-    """The graph of a module's forward, in which leaves are called by their paths in the module.
+    """The graph of a module's forward in evaluation; leaves are called by their paths in it.
 
     Arguments without a default are symbols, and those with the default None too where the forward
     takes that; a condition on a symbol is false. Returns None where the forward can't be run so.

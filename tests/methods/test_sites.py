@@ -11,6 +11,8 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import SwinConfig, SwinModel
+from transformers.pytorch_utils import Conv1D
 
 from peftfast.methods import flow
 from peftfast.methods.sites import ROLES, SITES, Block, Point, find_blocks, find_norms, linear_sizes
@@ -330,13 +332,35 @@ def test_a_linear_of_any_class() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(10, 6))
 
-    from transformers.pytorch_utils import Conv1D
-
     assert linear_sizes(nn.Linear(6, 10)) == linear_sizes(Conv1D(10, 6)) == (6, 10)
     assert linear_sizes(Packed()) == linear_sizes(Plain()) == (6, 10)
     assert linear_sizes(Wrapper(Packed())) == (6, 10)
     for other in (nn.Embedding(6, 10), nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 10)), nn.ReLU()):
         assert linear_sizes(other) is None
+
+
+def test_which_of_two_linears_is_the_gate() -> None:
+    """The one that the activation is on, whichever was made first."""
+    model = made("llama")
+    for layer in model.model.layers:
+        children = layer.mlp._modules
+        children["gate_proj"] = children.pop("gate_proj")
+    linears = find_blocks(model)[0].linears
+    assert linears["ffn_gate"] == "model.layers.0.mlp.gate_proj"
+    assert linears["ffn_up"] == "model.layers.0.mlp.up_proj"
+
+
+def test_stages_are_one_stack() -> None:
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[2, 2], window_size=2
+    )
+    blocks = find_blocks(SwinModel(config))
+    assert [(block.name, block.index) for block in blocks] == [
+        ("encoder.layers.0.blocks.0", 0),
+        ("encoder.layers.1.blocks.0", 1),
+        ("encoder.layers.1.blocks.1", 2),
+    ]
+    assert [block.points["ffn_output"].features for block in blocks] == [8, 16, 16]
 
 
 def test_experts_in_a_list() -> None:
@@ -385,6 +409,18 @@ def test_a_state_space_mixer_is_no_attention() -> None:
     assert beside == whole[1]
     ffn = {site: point for site, point in whole[0].points.items() if site.startswith("ffn")}
     assert dict(without.points) == ffn and without.stack == "decoder"
+    first.mlp, second.mlp = nn.Identity(), nn.Identity()
+    (alone,) = find_blocks(model)
+    assert alone.name == whole[1].name
+    assert set(alone.points) == {"attention_input", "attention_heads", "attention_output"}
+
+
+def test_attention_without_an_output_projection_has_no_sites() -> None:
+    model = made("llama")
+    for layer in model.model.layers:
+        del layer.self_attn.o_proj
+    for block in find_blocks(model):
+        assert set(block.points) == {"ffn_input", "ffn_hidden", "ffn_output"}
 
 
 def test_the_widest_feed_forward_network_is_the_sublayer() -> None:
@@ -500,12 +536,20 @@ class TestPassed:
             lambda self, x: x + self.start(x).softmax(-1),
             lambda self, x: x * self.start(x) + x,
             lambda self, x: (lambda y: y + self.one(y))(self.start(x)),
-            lambda self, x: (self.start(x), x) + (x,),
+            lambda self, x: (x,) + self.start(x),
+            lambda self, x: self.start(x) + 1.0,
         ],
-        ids=["never added", "changed", "multiplied", "branches", "a tuple"],
+        ids=["never added", "changed", "multiplied", "branches", "to a tuple", "to a number"],
     )
     def test_what_is_no_end_of_a_sublayer(self, forward: Callable[..., Any]) -> None:
         assert self.passed(forward) is None
+
+    def test_as_in_evaluation(self) -> None:
+        def forward(self: Any, x: Tensor) -> Tensor:
+            y = self.start(x)
+            return x + (self.one(y) if self.training else self.two(y))
+
+        assert self.passed(forward) == ["two"]
 
     def test_no_graph_where_a_forward_needs_values(self) -> None:
         assert traced(lambda self, x: x[int(x)], one=nn.Identity()) is None
