@@ -56,10 +56,13 @@ class Case:
             return value.to(dtypes[kind]).double()
 
         self.leaves = {
-            "x": draw(*leading, d, kind=0) + (0.5 if norm is not None else 0.0),
+            "x": draw(*leading, d, kind=0),
             "down": draw(m, d, scale=d**-0.5),
             "up": draw(d_out, m, scale=m**-0.5),
         }
+        if norm is not None:  # rows whose mean is far from zero
+            moved = self.leaves["x"] + draw(*leading, 1, scale=10.0)
+            self.leaves["x"] = moved.to(dtypes[0]).double()
         if bias:
             self.leaves |= {"down_bias": draw(m), "up_bias": draw(d_out)}
         if norm is not None and affine:
@@ -110,10 +113,12 @@ class Case:
 
 def check(impl: str, m: int, d: int, **options: Any) -> None:
     """Hold an implementation to the tolerance; over several draws where few numbers are summed."""
-    size = min(m, 8 if options.get("learned") or options.get("gate") else 64)
-    if 0 in (leading := options.get("leading", (3, 11))):
-        size = 64 * len(leading)
-    cases = [Case(m, d, **options) for _ in range(min(8, -(-64 // size)))]
+    draws = max(1, 64 // m)
+    if options.get("learned") or options.get("gate"):
+        draws = 16  # a gradient of one number, or of one for each row
+    if 0 in options.get("leading", ()):
+        draws = 1
+    cases = [Case(m, d, **options) for _ in range(min(16, draws))]
     runs = [
         [case.run(how, wide) for case in cases]
         for how, wide in ((impl, False), ("formula", False), ("formula", True))

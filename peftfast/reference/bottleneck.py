@@ -207,10 +207,11 @@ def bottleneck_backward(
     if per_row or want["up"]:
         h = _hidden(z, activation, dropout_p, seed, wide, drop)
     if per_row or inner:
-        dq = torch.mm(wide_dy, _with_bias(up, up_bias if per_row else None).to(wide))
+        dq = torch.mm(wide_dy, up.to(wide))
     if per_row:
-        dq, of_bias = dq[:, : h.shape[1]], dq[:, h.shape[1] :]
-        e = (dq * h).sum(1, dtype=sums) + of_bias.sum(1, dtype=sums)
+        e = (dq * h).sum(1, dtype=sums)
+        if up_bias is not None:
+            e = e + torch.mv(wide_dy, up_bias.to(wide))
         grads["gate"] = e * (scaling.to(sums) if isinstance(scaling, Tensor) else scaling)
         grads["scaling"] = (e if gate is None else e * gate.to(sums)).sum(0, keepdim=True)
     if want["up"]:
@@ -225,42 +226,22 @@ def bottleneck_backward(
         scaled = wide_dy if factor is None else wide_dy * factor
         grads["up_bias"] = (scaled.sum(0, dtype=sums) * alpha).to(up.dtype)
     if inner:
-        dh = dq * (alpha if factor is None else factor)
+        dh = dq if factor is None and alpha == 1.0 else dq * (alpha if factor is None else factor)
         if dropout_p > 0:
             assert seed is not None
             dh = drop(dh, seed, dropout_p).mul_(keep_scale(dropout_p))
         dz = _activation_gradient(dh, z.to(wide), activation)
         dbd = dz.sum(0, dtype=sums)
         grads["down_bias"] = dbd.to(down.dtype)
-        shared = dy if sequential else None
-        if norm is None:
+        start = dy if sequential else None
+        if statistics is not None:
+            weights = down, down_bias, norm_weight, norm_bias
+            grads |= _norm_gradients(dz, dbd, start, x, z, statistics, *weights, want)
+        else:
             if want["down"]:
                 grads["down"] = torch.mm(dz.t(), x.to(wide)).to(down.dtype)
             if want["x"]:
-                grads["x"] = _sum(shared, dz, down.to(wide)).to(x.dtype).contiguous()
-        else:
-            assert statistics is not None
-            wide_down, weight, bias = down.to(sums), _to(norm_weight, sums), _to(norm_bias, sums)
-            if norm_bias is not None and want["norm_bias"]:
-                grads["norm_bias"] = torch.mv(wide_down.t(), dbd).to(norm_bias.dtype)
-            if reads_x(norm, needs):
-                xhat, _ = _normalised(x, norm, None, None, norm_eps)
-            if want["down"] or want["norm_weight"]:
-                product = torch.mm(dz.t(), xhat.to(wide)).to(sums)
-                if norm_weight is not None and want["norm_weight"]:
-                    grads["norm_weight"] = (product * wide_down).sum(0).to(norm_weight.dtype)
-                product = product if weight is None else product * weight
-                product = product if bias is None else product.addr(dbd, bias)
-                grads["down"] = product.to(down.dtype)
-            if want["x"]:
-                projected = z.to(sums)
-                if down_bias is not None:
-                    projected = projected - down_bias
-                if bias is not None:
-                    projected = projected - torch.mv(wide_down, bias)
-                folded = wide_down if weight is None else wide_down * weight
-                dx = _through_norm(dz, projected, folded, xhat, statistics, shared)
-                grads["x"] = dx.to(x.dtype).contiguous()
+                grads["x"] = _sum(start, dz, down.to(wide)).to(x.dtype).contiguous()
     return [grads[one] for one in GRADIENTS if want[one]]
 
 
@@ -288,29 +269,64 @@ def _normalised(
     return n, rstd.view(1, -1)
 
 
-def _through_norm(
-    dz: Tensor, projected: Tensor, down: Tensor, xhat: Tensor, statistics: Tensor, dy: Tensor | None
-) -> Tensor:
-    """dx + dy in the statistics' dtype. With xhat's projection p = xhat down^T, [M, m],
+def _norm_gradients(
+    dz: Tensor,
+    dbd: Tensor,
+    dy: Tensor | None,
+    x: Tensor,
+    z: Tensor,
+    statistics: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    want: dict[str, bool],
+) -> dict[str, Tensor]:
+    """What of the gradients of x (plus dy), down and the norm's parameters is asked for.
 
-        dx = r (dz down - mean(dz down) - xhat mean(dz down * xhat))       r = 1 / sqrt(...)
-        mean(dz down * xhat) = dz . p / d       mean(dz down) = dz . (sum of down's columns) / d
+    With x' = x less each row's mean, r = 1 / sqrt(...), W = down * weight and p = xhat W^T, [M, m],
 
-    so that the means take no pass over [M, d]; the second is LayerNorm's only.
+        G = (r dz)^T x'
+        dx = r dz W + x' a - c      a = -r (r dz . p) / d      c = r dz . (W's row sums) / d
 
-    Args:
-        projected: p; down: [m, d], times the norm's weight.
+    so that the means of the norm's gradient take no pass over [M, d]. (RMSNorm takes no mean off,
+    here and there.)
     """
-    d, rstd, wide_dz = xhat.shape[1], statistics[-1], dz.to(xhat.dtype)
-    along = (wide_dz * projected).sum(1).mul_(rstd / -d)[:, None]
-    start = xhat * along if dy is None else torch.addcmul(dy.to(xhat.dtype), xhat, along)
-    left, right = wide_dz * rstd[:, None], down
-    if statistics.shape[0] == 2:
-        left = torch.cat([left, torch.mv(left, down.sum(1) / -d)[:, None]], 1)
-        right = torch.cat([right, right.new_ones(1, d)])
-    if dz.dtype == xhat.dtype:
-        return start.addmm_(left, right)
-    return start.add_(torch.mm(left.to(dz.dtype), right.to(dz.dtype)))
+    sums, d = statistics.dtype, x.shape[1]
+    wide_down, weight_, bias_ = down.to(sums), _to(weight, sums), _to(bias, sums)
+    grads: dict[str, Tensor] = {}
+    if bias is not None and want["norm_bias"]:
+        grads["norm_bias"] = torch.mv(wide_down.t(), dbd).to(bias.dtype)
+    if not (want["x"] or want["down"] or want["norm_weight"]):
+        return grads
+    centred, rstd = statistics.shape[0] == 2, statistics[-1, :, None]
+    values = x - statistics[0, :, None] if centred else x.to(sums)
+    scaled = dz.to(sums) * rstd
+    if want["down"] or want["norm_weight"]:
+        product = torch.mm(scaled.t(), values)
+        if weight is not None and want["norm_weight"]:
+            grads["norm_weight"] = (product * wide_down).sum(0).to(weight.dtype)
+        product = product if weight_ is None else product * weight_
+        product = product if bias_ is None else product.addr(dbd, bias_)
+        grads["down"] = product.to(down.dtype)
+    if want["x"]:
+        folded = wide_down if weight_ is None else wide_down * weight_
+        offset = z.new_zeros(z.shape[1]) if down_bias is None else down_bias
+        offset = offset if bias_ is None else torch.mv(wide_down, bias_) + offset
+        rows = torch.mm(scaled, torch.stack([offset.to(sums), folded.sum(1)], 1))  # [M, 2]
+        along = ((scaled * z).sum(1, keepdim=True) - rows[:, :1]) * (rstd / -d)
+        dx = values * along if dy is None else torch.addcmul(dy.to(sums), values, along)
+        column = rows[:, 1:] / d
+        if dz.dtype != sums:
+            dx = dx.add_(torch.mm(scaled.to(dz.dtype), folded.to(dz.dtype)))
+            dx = dx.sub_(column) if centred else dx
+        elif centred:
+            ones = folded.new_full((1, d), -1.0)
+            dx = dx.addmm_(torch.cat([scaled, column], 1), torch.cat([folded, ones]))
+        else:
+            dx = dx.addmm_(scaled, folded)
+        grads["x"] = dx.to(x.dtype).contiguous()
+    return grads
 
 
 def _hidden(
@@ -380,13 +396,10 @@ def _with_ones(h: Tensor) -> Tensor:
     return torch.cat([h, h.new_ones(h.shape[0], 1)], 1)
 
 
-def _with_bias(up: Tensor, bias: Tensor | None) -> Tensor:
-    """up with its bias as one more column: [h, 1] times its transpose is h up^T + bias."""
-    return up if bias is None else torch.cat([up, bias[:, None]], 1)
-
-
 def _scaled_mm(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left right, rounded once."""
+    if scale == 1.0:
+        return torch.mm(left, right)
     return torch.addmm(left.new_zeros(()), left, right, beta=0.0, alpha=scale)
 
 
