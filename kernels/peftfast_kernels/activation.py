@@ -40,7 +40,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _activate(x, KIND: tl.constexpr):
+def activate(x, KIND: tl.constexpr):
     """act(x) in float32."""
     if KIND == "relu":
         y = tl.where(x < 0.0, 0.0, x)  # a NaN stays one
@@ -66,7 +66,7 @@ def _activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _differentiate(x, KIND: tl.constexpr):
+def differentiate(x, KIND: tl.constexpr):
     """act'(x) in float32."""
     if KIND == "relu":
         d = tl.where(x <= 0.0, 0.0, 1.0)
@@ -88,10 +88,12 @@ def _differentiate(x, KIND: tl.constexpr):
     elif KIND == "tanh":
         t = _tanh(x)
         d = 1.0 - t * t
-    else:
-        tl.static_assert(KIND == "sigmoid")
+    elif KIND == "sigmoid":
         s = _sigmoid(x)
         d = s * (1.0 - s)
+    else:
+        tl.static_assert(KIND == "identity")
+        d = tl.full(x.shape, 1.0, tl.float32)
     return d
 
 
@@ -132,7 +134,7 @@ def _activation_kernel(
     rm, first, rn, mask = _place(M, N, BLOCK_M, BLOCK_N, EVEN_N)
     at_gate = rm[:, None] * stride_gm + rn[None, :] * stride_gn
     x = tl.load(gate_ptr + at_gate, mask=mask, other=0.0).to(tl.float32)
-    y = _activate(x, KIND).to(y_ptr.dtype.element_ty)
+    y = activate(x, KIND).to(y_ptr.dtype.element_ty)
     if up_ptr is not None:
         at_up = rm[:, None] * stride_um + rn[None, :] * stride_un
         up = tl.load(up_ptr + at_up, mask=mask, other=0.0).to(tl.float32)
@@ -177,13 +179,13 @@ def _activation_grad_kernel(
         keep = keep_tile(tl.load(seed_ptr), limit, rm, first, N, BLOCK_M, BLOCK_N)
         g = tl.where(keep, g * scale, 0.0)
     if dup_ptr is not None:
-        y = _activate(x, KIND).to(gate_ptr.dtype.element_ty).to(tl.float32)
+        y = activate(x, KIND).to(gate_ptr.dtype.element_ty).to(tl.float32)
         tl.store(dup_ptr + position, (g * y).to(dup_ptr.dtype.element_ty), mask=mask)
     if dgate_ptr is not None:
         if up_ptr is not None:
             at_up = rm[:, None] * stride_um + rn[None, :] * stride_un
             g = g * tl.load(up_ptr + at_up, mask=mask, other=0.0).to(tl.float32)
-        g = (g * _differentiate(x, KIND)).to(dgate_ptr.dtype.element_ty)
+        g = (g * differentiate(x, KIND)).to(dgate_ptr.dtype.element_ty)
         tl.store(dgate_ptr + position, g, mask=mask)
 
 
@@ -218,7 +220,7 @@ def activation_forward(
             *_strides(gates),
             *_strides(ups),
             mma="none",
-            KIND=_KERNEL_KINDS.get(kind, kind),
+            KIND=KERNEL_KINDS.get(kind, kind),
             DROPOUT=dropout_p > 0,
             EVEN_N=columns % tile.block_n == 0,
             BLOCK_M=tile.block_m,
@@ -266,7 +268,7 @@ def activation_backward(
             *_strides(gates),
             *_strides(ups),
             mma="none",
-            KIND=_KERNEL_KINDS.get(kind, kind),
+            KIND=KERNEL_KINDS.get(kind, kind),
             DROPOUT=dropout_p > 0,
             EVEN_N=columns % tile.block_n == 0,
             BLOCK_M=tile.block_m,
@@ -282,7 +284,7 @@ def dropout(x: Tensor, seed: Tensor, p: float, y: Tensor) -> None:
 
 
 # What differs in its rounding only.
-_KERNEL_KINDS = {"gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+KERNEL_KINDS = {"gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 
 
 def _matrices(

@@ -7,4 +7,5 @@ KERNEL_MODULES: tuple[str, ...] = (
     "peftfast_kernels.nf4",
     "peftfast_kernels.norm",
     "peftfast_kernels.activation",
+    "peftfast_kernels.bottleneck",
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -323,3 +323,76 @@ def forced_gemm_plan(plan: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+BOTTLENECK_LIMIT = 256  # the widest bottleneck whose hidden layer one program holds
+
+
+def bottleneck_block(width: int) -> int:
+    """The power of two, 16 or more, that an adapter's bottleneck is padded to."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def bottleneck_tile(block: int, itemsize: int, adapter_itemsize: int, rows: int, sms: int) -> Tile:
+    """Tile of an adapter's passes over rows: block_m rows, block_n columns of y and block_k of x
+    or dy a step.
+
+    Each program reads both projections once: as many rows share that, up to 64, as leave a program
+    for two processors of three.
+
+    Args:
+        block: the padded bottleneck.
+        itemsize, adapter_itemsize: bytes of an element of x and dy, and of the projections.
+    """
+    narrow = block <= 128
+    if adapter_itemsize == 2:
+        wide = Tile(64, 64, 64, 8, 3) if narrow else Tile(32, 32, 32, 8, 3)
+        tile = Tile(64, 128, 128, 8, 3) if block <= 64 else wide
+    elif itemsize == 2:
+        tile = Tile(64, 64, 32, 8, 3) if narrow else Tile(32, 32, 16, 8, 2)
+    else:
+        tile = Tile(32, 32, 32, 8, 2) if block <= 64 else Tile(16, 32, 16, 8, 2)
+    block_m = tile.block_m
+    while block_m > 16 and 3 * -(-rows // block_m) < 2 * sms:
+        block_m //= 2
+    return replace(tile, block_m=block_m)
+
+
+def bottleneck_grad_tile(arch: int, block: int, itemsize: int, adapter_itemsize: int) -> Tile:
+    """Tile of an adapter's pass over columns: block_m rows a step, block_n columns a program.
+
+    The two sums over rows, block x block_n each, stay in registers beside the projection's tile,
+    which before sm_90 is held there as well. The arguments are as in `bottleneck_tile`.
+    """
+    arch = table_arch(arch)
+    if adapter_itemsize == 2:
+        if block <= (64 if arch == 90 else 32) and arch != 100:
+            return Tile(32, 64, 0, 4, 3)
+        if block <= (64 if arch < 90 else 128):
+            return Tile(16, 64, 0, 4, 3)
+        return Tile(32, 32, 0, 4, 2) if block == 128 else Tile(16, 32, 0, 8, 2)
+    if itemsize == 2:
+        if block <= 64:
+            return Tile(16, 64 if arch >= 90 or block <= 16 else 32, 0, 4, 2)
+        return Tile(16, 32 if block == 128 else 16, 0, 8, 2)
+    return Tile(16, 16, 0, 8, 2 if block <= 64 else 1)
+
+
+def bottleneck_finish_tile() -> Tile:
+    """Tile of the last sums of an adapter with a norm: block_m of the bottleneck a step, block_n
+    columns a program.
+    """
+    return Tile(16, 64, 0, 4, 1)
+
+
+def bottleneck_splits(
+    rows: int, width: int, programs: int, block_m: int, sms: int
+) -> tuple[int, int]:
+    """Rows a program takes, and the number of splits, of an adapter's pass over columns.
+
+    Enough splits for two programs a processor, but none of fewer than 16 rows for each column of
+    the bottleneck: so the workspace's traffic stays below a unit, as does the reduction's time.
+    """
+    splits = max(1, min(rows // (16 * width), -(-2 * sms // programs)))
+    span = -(-rows // (splits * block_m)) * block_m
+    return span, -(-rows // span)
