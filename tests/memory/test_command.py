@@ -35,6 +35,8 @@ def tiny(tmp_path: Path) -> str:
 
 
 def test_json_holds_every_prediction(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    values = json.loads(Path(tiny).read_text())
+    Path(tiny).write_text(json.dumps({**values, "num_hidden_layers": 2}))
     arguments = ["memory", tiny, "--method", "lora,qlora:4", "--seq", "64,128", "--batch", "1,3"]
     assert cli.main([*arguments, "--budget", "1GiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -35,7 +35,7 @@ IMPLS = [
 ]
 RANKS, WIDTHS, ROWS, DROPOUTS = (
     (1, 3, 8, 16, 64, 200),
-    (64, 96, 130, 1000),
+    (64, 96, 130, 1000 if CUDA else 392),  # the interpreter takes minutes over the widest
     (0, 1, 17, 300),
     (0.0, 0.1),
 )
@@ -209,7 +209,7 @@ def test_more_adapters_than_one_launch_holds(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@settings(max_examples=25)
+@settings(max_examples=25 if CUDA else 12)
 @given(
     rows=st.integers(0, 70),
     k=st.integers(1, 150),

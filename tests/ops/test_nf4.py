@@ -80,7 +80,7 @@ def _draw_weight(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tens
 
 @against_bnb
 @pytest.mark.parametrize("impl", IMPLS)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 200),
