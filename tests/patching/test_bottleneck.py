@@ -20,6 +20,7 @@ from peftfast.patching.state import state_of
 from tests.patching.tiny import FAMILIES, copy_of, inputs_of, step_is_as_good
 
 D, M = 16, 5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Adapter(nn.Module):
@@ -402,6 +403,15 @@ def test_exclude_strict_and_impl() -> None:
         ("a", "bottleneck", "reference"),
         ("b", "bottleneck", "reference"),
     ]
+
+
+@pytest.mark.parametrize("form", ["norm and sums", "a learned factor"])
+def test_triton_kernels(form: str) -> None:
+    _, own = pair(form)
+    module = patch(copy.deepcopy(own).to(DEVICE), impl="triton")
+    agree(module, own.to(DEVICE), torch.randn(3, 7, D, device=DEVICE))
+    (entry,) = report(module).fused
+    assert entry.impl == "triton" and entry.hits == 1 and not entry.delegations
 
 
 class Sublayer(nn.Module):
