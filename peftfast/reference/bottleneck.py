@@ -307,7 +307,7 @@ def _norm_gradients(
         if weight is not None and want["norm_weight"]:
             grads["norm_weight"] = (product * wide_down).sum(0).to(weight.dtype)
         product = product if weight_ is None else product * weight_
-        product = product if bias_ is None else product.addr(dbd, bias_)
+        product = product if bias_ is None else torch.addcmul(product, dbd[:, None], bias_)
         grads["down"] = product.to(down.dtype)
     if want["x"]:
         folded = wide_down if weight_ is None else wide_down * weight_
