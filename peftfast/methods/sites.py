@@ -106,12 +106,12 @@ def find_blocks(model: nn.Module) -> list[Block]:
         attention_input: what q, k and v read; with cross-attention, what q reads.
         attention_heads: the heads' output, which the output projection reads.
         attention_output: after the output projection and the dropout that follows it, before the
-            residual. A dropout that is a function (BART's), or a module that serves both sublayers
-            (ViT's), is no place: there, before the dropout. Where a norm or a scaling of its own
-            follows the sublayer before the residual (Gemma 2 and 3, OLMo 2, DINOv2), before that:
-            "directly to the output of the sub-layer, after the projection back to the input size",
-            and "passed directly into the following layer normalization" (Houlsby et al., 2019,
-            section 2.1).
+            residual. A dropout that is a function (BART's), or a module that serves more than one
+            sublayer (ViT's), is no place: there, before the dropout. Where a norm or a scaling of
+            its own follows the sublayer before the residual (Gemma 2 and 3, OLMo 2, DINOv2), before
+            that: "directly to the output of the sub-layer, after the projection back to the input
+            size", and "passed directly into the following layer normalization" (Houlsby et al.,
+            2019, section 2.1).
         ffn_input: what the first linears of the feed-forward network read.
         ffn_hidden: what its last linear reads.
         ffn_output: as attention_output, after the last linear. Of a mixture of experts: the whole
@@ -190,6 +190,7 @@ class _Tree:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: dict[str, nn.Module] = {}
+        self.shared: set[int] = set()  # ids of those that have several names
         self._ends: dict[str, int] = {}
         self._add("", model, set())
         self._names = list(self.modules)
@@ -210,7 +211,11 @@ class _Tree:
         inner = _wrapped(module)
         children = module._modules if inner is None else {inner: module._modules[inner]}
         for name, child in children.items():
-            if child is not None and id(child) not in seen and (inner is None or child._modules):
+            if child is None or (inner is not None and not child._modules):
+                continue
+            if id(child) in seen:
+                self.shared.add(id(child))
+            else:
                 self._add(_join(path, name), child, seen)
         self._ends[path] = len(self.modules)
 
@@ -447,7 +452,10 @@ def _end(tree: _Tree, block: str, sublayer: _Sublayer, calls: dict[str, list[fx.
     end = sublayer.end
     for name in passed or ():
         path = _join(block, name)
-        if next(_bare(tree.modules[path]).parameters(), None) is not None:
+        module = tree.modules.get(path)
+        if module is None or id(module) in tree.shared:
+            continue
+        if next(_bare(module).parameters(), None) is not None:
             break
         if len(calls[name]) == 1:
             end = path

@@ -457,6 +457,15 @@ def test_without_a_forward_to_follow(family: str, outputs: tuple[str, str]) -> N
     assert tuple(re.sub(r"^.*\.0\.", "", end) for end in ends) == outputs
 
 
+def test_a_dropout_of_all_layers_is_no_ones_output() -> None:
+    model = made("bert")
+    layers, dropout = model.bert.encoder.layer, nn.Dropout(0.1)
+    for layer in layers:
+        layer.output.dropout = dropout
+    for i, block in enumerate(find_blocks(model)):
+        assert block.points["ffn_output"].module == f"bert.encoder.layer.{i}.output.dense"
+
+
 def test_the_model_is_left_alone() -> None:
     """No forward of it runs, not even one that is replaced on an instance; values may be anywhere;
     no random number is drawn.
