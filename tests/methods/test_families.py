@@ -173,6 +173,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_comes_back_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.PeftModel, "create_or_update_model_card", lambda *args: None)
     for family in FAMILIES:
