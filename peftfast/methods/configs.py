@@ -20,8 +20,8 @@ class AdapterConfig(MethodConfig):
         bottleneck: m, the hidden width.
         reduction: m as a fraction of the model's width, instead: m = width // reduction.
         activation: f.
-        sublayers: which sublayers have adapters, of "attention" (with cross-attention where the
-            model has it) and "ffn".
+        sublayers: which sublayers have adapters, of "attention" and "ffn".
+        cross_attention: whether "attention" means cross-attention too, where the model has it.
         attention_position: "after" the attention's output projection, or "before" it, on what the
             heads give.
         adapter_bias: whether the projections have biases.
@@ -33,6 +33,7 @@ class AdapterConfig(MethodConfig):
     reduction: float | None = None
     activation: str = "relu"
     sublayers: list[str] = field(default_factory=lambda: list(SUBLAYERS))
+    cross_attention: bool = True
     attention_position: str = "after"
     scaling: float = 1.0
     learned_scaling: bool = False
@@ -67,7 +68,8 @@ class AdapterConfig(MethodConfig):
         found = []
         if "attention" in self.sublayers:
             found.append(self._component(f"attention_{place}"))
-            found.append(self._component(f"cross_attention_{place}", optional=True))
+            if self.cross_attention:
+                found.append(self._component(f"cross_attention_{place}", optional=True))
         if "ffn" in self.sublayers:
             found.append(self._component("ffn_output"))
         return found
@@ -170,8 +172,9 @@ class ScaledParallelAdapterConfig(ParallelAdapterConfig):
 @dataclass
 class CompacterConfig(AdapterConfig):
     """Adapters whose projections are sums of Kronecker products, W = sum_i A_i (x) B_i, with A
-    shared by all layers and B of low rank; after both sublayers, LayerNorms train (Mahabadi et al.,
-    "Compacter", NeurIPS 2021; sublayers=["ffn"] is its Compacter++).
+    shared by all layers and B of low rank; after self-attention and the feed-forward sublayer,
+    LayerNorms train (Karimi Mahabadi et al., "Compacter", NeurIPS 2021; sublayers=["ffn"] is its
+    Compacter++).
 
     Args:
         divisions: n, of which widths and m must be multiples.
@@ -183,6 +186,7 @@ class CompacterConfig(AdapterConfig):
     divisions: int = 4
     rank: int = 1
     activation: str = "gelu_tanh"
+    cross_attention: bool = False
     train_norms: bool = True
 
     _primitive: ClassVar[str] = "kronecker"
