@@ -183,8 +183,7 @@ def test_each_subset_of_gradients(norm: str | None) -> None:
                 torch.testing.assert_close(grad, every[name])
 
 
-def test_x_that_is_the_residual_of_another_shape_of_gate_keeps_its_gradient() -> None:
-    """residual=x and residual=True are the same function of x."""
+def test_x_itself_as_the_residual_is_the_same_as_true() -> None:
     good, _ = _good(residual="x")
     grads = []
     for residual in (True, good["x"]):
