@@ -58,10 +58,17 @@ def count_case(case: Case, unit: int, frozen: Tally | None) -> tuple[Row, Tally]
     """
     with TrafficCounter() as traffic:
         case.step()
+    return counted_row(case.variant, case.settings, traffic, unit, frozen), traffic.total
+
+
+def counted_row(
+    variant: str, settings: Row, traffic: TrafficCounter, unit: int, frozen: Tally | None = None
+) -> Row:
+    """What `traffic` has counted as a row; the other arguments are as in `count_case`."""
     total = traffic.total
-    row = {
-        "variant": case.variant,
-        **case.settings,
+    return {
+        "variant": variant,
+        **settings,
         "total_u": total.moved / unit,
         "extra_u": None if frozen is None else (total.moved - frozen.moved) / unit,
         "workspace_u": total.workspace / unit,
@@ -76,7 +83,6 @@ def count_case(case: Case, unit: int, frozen: Tally | None) -> tuple[Row, Tally]
             for tally in traffic.tallies.values()
         ],
     }
-    return row, total
 
 
 def short(dtype: torch.dtype) -> str:

@@ -85,12 +85,12 @@ def stages(folder: Path, results: Path | None) -> list[Stage]:
     parallel = ["-n", "8"] if find_spec("xdist") else []
     folders = ["tests/ops", "tests/kernels", "tests/native"]
     tests = [sys.executable, "-m", "pytest", *folders, "-q", "-x", *parallel]
-    found = [Stage("build", build, 50.0), Stage("tests", tests, 110.0)]
-    benchmarks = {"lora_linear": 50.0, "train_step": 70.0, "nf4_dequantize": 30.0}
-    benchmarks["nf4_linear"] = 40.0
+    found = [Stage("build", build, 45.0), Stage("tests", tests, 110.0)]
+    benchmarks = {"lora_linear": 45.0, "train_step": 65.0, "nf4_dequantize": 30.0}
+    benchmarks |= {"nf4_linear": 40.0, "bottleneck": 30.0}
     if find_spec("bitsandbytes"):
         benchmarks["train_step_qlora"] = 60.0
-    for name, share in (benchmarks | {"memory_peak": 40.0, "lora_gemm": 30.0}).items():
+    for name, share in (benchmarks | {"memory_peak": 30.0, "lora_gemm": 25.0}).items():
         command = [sys.executable, "-m", "benchmarks", "run", name, "--device", "cuda", "--quick"]
         command += ["--json", str(folder / f"{name}.json")]
         command += ["--results", str(results)] if results else []

@@ -9,21 +9,25 @@ just after, in the reverse order, so that what was read last and is still in the
 first. Rows' statistics are sums about the mean of their first BLOCK_K elements, from which the
 mean of all of them is at most sqrt(d / BLOCK_K) deviations away: nothing cancels.
 
-The backward, with f = s g for a row and xhat for the normalised one, is two kernels,
+The backward, with xhat for the normalised row, is two kernels. The first, over rows, reads dy:
 
-    dz = f mask / keep (dy Wu) act'(z)      e = (dy Wu) . h + dy . bu      dg = s e     ds = sum g e
-    dx = dnorm(dz Wd) (+ dy)      dWd = sum dz n      dWu = s sum g dy h      dbd, dbu, dw, db
+    dz = s g mask / keep (dy Wu) act'(z)    e = (dy Wu) . h + dy . bu    dg = s e    ds = sum g e
 
-the first over rows, one read of dy; the second with a program for BLOCK_N columns and a span of
-rows, which reads dy and x and writes dx, once each, while the sums over rows stay in registers
+and leaves dz and g h, [M, m] each. The second has a program for BLOCK_N columns and a span of rows;
+it reads dy and x and writes dx, once each, while the sums over its rows stay in registers:
+
+    dx = dnorm(dz Wd) (+ dy)      G = sum dz xhat      dWu = s sum dy (g h)      dbd, dbu
+
 (where x isn't the residual, a launch for the columns of x and one for those of dy). What a norm's
-gradient needs of whole rows comes out of the first kernel, without x:
+gradient needs of whole rows comes out of the first kernel, without x,
 
     mean(w dn) = dz . (Wd w) / d            mean(w dn xhat) = dz . (z - bd - Wd b) / d
 
-So the backward moves 2 dy + x + dx beside z and dz twice: 4 u with or without the norm, where a
-unit u is one x. Sums over rows go through float32 workspaces [splits, ...], written and read once
-and summed in a fixed order; without splits there are none.
+and its parameters out of the finished sums: dWd = G w + dbd b, dw = sum of Wd G, db = dbd Wd.
+So the backward moves 2 dy + x + dx beside z, h and dz: 4 u with or without the norm, where a unit u
+is one x. Sums over spans go through float32 workspaces [splits, ...], written and read once and
+summed in a fixed order; one span without a norm needs none. The bytes of a workspace stay below
+those of an x: `tiles.bottleneck_splits`.
 
 The adapter may be float32 over 16-bit activations: z, dz and the products that make them and the
 gradients of parameters are then float32, and what meets in y or dx is rounded first.
@@ -877,7 +881,8 @@ def _grad_columns(
     columns = of.dy.shape[1] if wanted.keys() <= {"up", "up_bias"} else of.x.shape[1]
     arch, sms = device.arch(of.z.device), device.sm_count(of.z.device)
     block = tiles.bottleneck_block(width)
-    tile = tiles.bottleneck_grad_tile(arch, block, of.itemsize, of.down.element_size())
+    adapter_itemsize = of.down.element_size()
+    tile = tiles.bottleneck_grad_tile(arch, block, of.itemsize, adapter_itemsize, columns)
     blocks = triton.cdiv(columns, tile.block_n)
     span, splits = tiles.bottleneck_splits(rows, width, blocks, tile.block_m, sms)
 

@@ -358,15 +358,18 @@ def bottleneck_tile(block: int, itemsize: int, adapter_itemsize: int, rows: int,
     return replace(tile, block_m=block_m)
 
 
-def bottleneck_grad_tile(arch: int, block: int, itemsize: int, adapter_itemsize: int) -> Tile:
+def bottleneck_grad_tile(
+    arch: int, block: int, itemsize: int, adapter_itemsize: int, columns: int
+) -> Tile:
     """Tile of an adapter's pass over columns: block_m rows a step, block_n columns a program.
 
     The two sums over rows, block x block_n each, stay in registers beside the projection's tile,
-    which before sm_90 is held there as well. The arguments are as in `bottleneck_tile`.
+    which before sm_90 is held there as well; masked loads (columns are no multiple of 64) take
+    more of them. The arguments are as in `bottleneck_tile`.
     """
     arch = table_arch(arch)
     if adapter_itemsize == 2:
-        if block <= (64 if arch == 90 else 32) and arch != 100:
+        if block <= (64 if arch == 90 and columns % 64 == 0 else 32) and arch != 100:
             return Tile(32, 64, 0, 4, 3)
         if block <= (64 if arch < 90 else 128):
             return Tile(16, 64, 0, 4, 3)
@@ -375,7 +378,7 @@ def bottleneck_grad_tile(arch: int, block: int, itemsize: int, adapter_itemsize:
         if block <= 64:
             return Tile(16, 64 if arch >= 90 or block <= 16 else 32, 0, 4, 2)
         return Tile(16, 32 if block == 128 else 16, 0, 8, 2)
-    return Tile(16, 16, 0, 8, 2 if block <= 64 else 1)
+    return Tile(16, 16, 0, 4 if block <= 64 else 8, 1)
 
 
 def bottleneck_finish_tile() -> Tile:
