@@ -7,8 +7,11 @@ whether x is added, a factor, and where dropouts are.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import math
+import types
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -33,6 +36,9 @@ _NORMS = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"}
 _IN, _INNER, _OUT = 12, 5, 14  # features in a probe
 _OTHER = 0.7317  # what a probe puts in the place of a number on the module
 _PLAIN = (bool, int, float, str, type(None))
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_READ = "_peftfast_read"
+_EVERYWHERE = {"__dict__", "__class__", *nn.Module().__dict__}
 
 
 class BottleneckPlan(NamedTuple):
@@ -40,7 +46,7 @@ class BottleneckPlan(NamedTuple):
 
     Attributes:
         types: of every child, by name.
-        settings: every attribute that its forward may read, as it was.
+        settings: every other attribute that its forward reads, as it was.
         down, up, act, norm: the children, by name; "" where there is none.
         scaling: the name of a factor, a parameter or an attribute; "" where there is none.
         kind: what lies between the linears, of the op's `ACTIVATIONS`.
@@ -50,7 +56,7 @@ class BottleneckPlan(NamedTuple):
         last: the one after `up`, a child, which is called; "" where there is none.
     """
 
-    types: Mapping[str, type[nn.Module]]
+    types: Mapping[str, type[Any]]
     settings: Mapping[str, Any]
     down: str
     up: str
@@ -163,8 +169,14 @@ class Bottleneck(Part):
         if act is not None and kind is None:
             return Comparison(unserved=f"its {found.act} computes no activation that has an op")
         probe = _Probe(module, self.source, found)
+        probe.own(training=False)
         expected, dropped = probe.own()
-        factors, probabilities = probe.attributes_read()
+        settings = probe.settings()
+        for name, value in settings.items():
+            if not isinstance(value, (*_PLAIN, *_FUNCTIONS)):
+                kind = type(value).__name__
+                return Comparison(unserved=f"its forward reads its attribute {name!r}, a {kind}")
+        factors, probabilities = probe.attributes_read(settings)
         scalings = [*module._parameters, *factors]
         if len(scalings) > 1:
             names = " and ".join(map(repr, scalings))
@@ -172,7 +184,9 @@ class Bottleneck(Part):
         if len(dropped) != len(probabilities):
             return Comparison(unserved="it drops elements with a probability that is no attribute")
         best: tuple[float, BottleneckPlan] | None = None
-        for plan in _plans(module, found, kind, "".join(scalings), probabilities):
+        for name in (*scalings, *probabilities):
+            settings.pop(name, None)
+        for plan in _plans(module, found, settings, kind, "".join(scalings), probabilities):
             got = probe.ours(plan)
             if compared(expected, got, {got.dtype}, "the module's") != Comparison():
                 continue
@@ -264,11 +278,14 @@ def _children(module: nn.Module) -> _Children | None:
 
 
 def _plans(
-    module: Any, found: _Children, kind: str | None, scaling: str, probabilities: list[str]
+    module: Any,
+    found: _Children,
+    settings: dict[str, Any],
+    kind: str | None,
+    scaling: str,
+    probabilities: list[str],
 ) -> Iterator[BottleneckPlan]:
-    types = {name: source_of(child) for name, child in module._modules.items() if child is not None}
-    read = (scaling, *probabilities)
-    settings = {name: value for name, value in _settings(module) if name not in read}
+    every = {name: _type_of(child) for name, child in module._modules.items()}
     linears = module._modules[found.down], module._modules[found.up]
     residuals = (False, True) if linears[0].in_features == linears[1].out_features else (False,)
     kinds = ACTIVATIONS if kind is None else (kind,)
@@ -277,7 +294,7 @@ def _plans(
     placed = [pair for pair in pairs if sorted(filter(None, pair)) == sorted(drops)]
     children = found.down, found.up, found.act, found.norm
     for each, adds_input, (dropout, last) in itertools.product(kinds, residuals, placed):
-        yield BottleneckPlan(types, settings, *children, scaling, each, adds_input, dropout, last)
+        yield BottleneckPlan(every, settings, *children, scaling, each, adds_input, dropout, last)
 
 
 class _Probe:
@@ -297,6 +314,7 @@ class _Probe:
 
         self.x = normal(2, 3, _IN).to(dtype)
         self._module, self._source, self._found = module, source, found
+        self._read: set[str] = set()
         self._modules: dict[str, Any] = dict(module._modules)
         outer = _IN if _keeps_width(module, found) else _OUT
         for name, sizes in ((found.down, (_INNER, _IN)), (found.up, (outer, _INNER))):
@@ -324,7 +342,8 @@ class _Probe:
         """What the module's own forward gives of x in training, with some attributes changed; and
         the probabilities with which it drops by itself.
         """
-        view = self._view(self._source, self._modules, **changed)
+        source: Any = self._source
+        view = self._view(_reading(source), self._modules, **changed, **{_READ: self._read})
         before = dict(view.__dict__)
         with torch.random.fork_rng(devices=[]), _Dropping() as dropping:
             torch.default_generator.manual_seed(0)
@@ -342,7 +361,7 @@ class _Probe:
 
     def call(self, plan: BottleneckPlan, **changed: Any) -> BottleneckCall:
         modules = self._modules
-        view = self._view(nn.Module, modules, **changed)
+        view = self._view(self._source, modules, **changed)
         is_child = plan.dropout in modules
         if is_child or (plan.dropout and view.training):  # a factor of up's columns
             up = modules[plan.up]
@@ -351,11 +370,24 @@ class _Probe:
             view._modules = {**modules, plan.up: shallow(up, nn.Linear, _parameters=scaled)}
         return BottleneckCall(view, plan, _factor(view, plan.scaling), 0.0)
 
-    def attributes_read(self) -> tuple[list[str], list[str]]:
-        """The numbers on the module that its output depends on, and those with which it drops."""
+    def settings(self) -> dict[str, Any]:
+        """The attributes that its forward has read here, but for children, parameters, methods and
+        what every module has.
+        """
+        module = self._module
+        found = {}
+        for name in sorted(self._read - _EVERYWHERE - {*module._modules, *module._parameters}):
+            if name in module.__dict__:
+                found[name] = module.__dict__[name]
+            elif type(value := inspect.getattr_static(self._source, name, _PLAIN)) in _PLAIN:
+                found[name] = value
+        return found
+
+    def attributes_read(self, settings: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """The numbers among these that its output depends on, and those with which it drops."""
         own, dropped = self.own()
         factors, probabilities = [], []
-        for name, value in _settings(self._module):
+        for name, value in settings.items():
             if type(value) not in (int, float):
                 continue
             try:
@@ -419,11 +451,19 @@ def _keeps_width(module: Any, found: _Children) -> bool:
     return bool(down.in_features == up.out_features)
 
 
-def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes of a module that are its own, not `nn.Module`'s."""
-    for name, value in module.__dict__.items():
-        if not name.startswith("_") and name not in ("training", "forward"):
-            yield name, value
+@functools.cache
+def _reading(source: Any) -> Any:
+    """A class like `source` that notes the names of the attributes that are read."""
+
+    def read(self: Any, name: str) -> Any:
+        object.__getattribute__(self, "__dict__").get(_READ, set()).add(name)
+        return source.__getattribute__(self, name)
+
+    return type(source.__name__, (source,), {"__getattribute__": read})
+
+
+def _type_of(child: nn.Module | None) -> type[Any]:
+    return type(None) if child is None else source_of(child)
 
 
 def _factor(module: Any, name: str) -> Any:
@@ -439,12 +479,12 @@ def _change(module: Any, plan: BottleneckPlan) -> str:
     called = plan.last
     for name, kind in plan.types.items():
         child = modules.get(name)
-        if child is None or source_of(child) is not kind:
+        if _type_of(child) is not kind:
             return f"its {name} is a {type(child).__name__}"
-        if name != called and (reason := bypass_reason(child)):
+        if child is not None and name != called and (reason := bypass_reason(child)):
             return f"its {name} {reason}"
     for name, was in plan.settings.items():
-        now = module.__dict__.get(name)
+        now = getattr(module, name, None)
         if now is not was and not (type(now) is type(was) in _PLAIN and now == was):
             return f"its attribute {name!r} has changed"
     return ""

@@ -59,6 +59,25 @@ class Houlsby(nn.Module):
         return y
 
 
+class Hidden(Houlsby):
+    """A factor of the class, and what its forward does not read; a child that may be there."""
+
+    factor = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self._calls = {"width": D}, 0
+        self.add_module("norm", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.norm is None else self.norm(x)
+        return x + self._up(h)
+
+    def _up(self, x: Tensor) -> Tensor:
+        y: Tensor = self.factor * self.second(self.act(self.first(x)))
+        return y
+
+
 class DroppedAfter(Houlsby):
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +102,7 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
         nn.Linear(D, M), nn.Tanh(), nn.Dropout(0.2), nn.Linear(M, D), nn.Dropout(0.3)
     ),
     "sums": Houlsby,
+    "hidden": Hidden,
     "sums, tanh": lambda: Houlsby(torch.tanh),
     "sums, dropout": DroppedAfter,
     "norm and sums": lambda: Adapter(norm=True),
@@ -179,6 +199,10 @@ def test_factors_are_read_at_each_call() -> None:
     module.scale = own.scale = torch.tensor(2.0)
     agree(module, own, torch.randn(4, D))
     assert state_of(module).delegations == {"its attribute 'scale' is tensor(2.)": 1}
+    module, own = pair("hidden")
+    module.factor, own.factor, module._calls = -3, -3, 7
+    agree(module, own, torch.randn(4, D))
+    assert not state_of(module).delegations
 
 
 def _hook(module: Any) -> None:
@@ -271,6 +295,15 @@ class Sums(Adapter):
         return super().forward(x) + self.dropout
 
 
+class Configured(Houlsby):
+    def __init__(self) -> None:
+        super().__init__()
+        self._config = {"scale": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self._config["scale"]
+
+
 class Pair(Houlsby):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x), None
@@ -310,7 +343,8 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a fixed dropout": (Fixed, "drops elements with a probability that is no attribute"),
     "training differs": (InTraining, "in evaluation it computes another thing"),
     "another dtype": (Wide, "in bfloat16 it computes another thing"),
-    "two numbers": (lambda: Sums(scale=2.0, p=0.5), "depends on 'scale' and 'dropout'"),
+    "two numbers": (lambda: Sums(scale=2.0, p=0.5), "depends on 'dropout' and 'scale'"),
+    "settings elsewhere": (Configured, "its forward reads its attribute '_config', a dict"),
     "a pair": (Pair, "it returns a tuple"),
     "state": (Counting, "it sets its attribute 'calls'"),
     "no eps": (
