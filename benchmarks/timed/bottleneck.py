@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -115,7 +116,7 @@ def _time_config(config: Config, request: Request, ceilings: Ceilings) -> Outcom
     times = interleaved(calls, device, warmup=4, samples=samples, keep_queue_full=True)
     streamed = back_to_back(calls, device, calls=10, rounds=5) if on_gpu else {}
     least = floor(config, ceilings)
-    rows = []
+    rows: list[Row] = []
     for name, forward in forwards.items():
         taken = times[name]
         rows.append(
@@ -125,7 +126,7 @@ def _time_config(config: Config, request: Request, ceilings: Ceilings) -> Outcom
                 "time": taken.as_dict(),
                 "back_to_back": streamed.get(name),
                 "tokens_per_second": config.shape.rows / taken.median,
-                "peak_bytes": peak_bytes(lambda call=calls[name]: call(0), device),
+                "peak_bytes": peak_bytes(partial(calls[name], 0), device),
                 "saved_bytes": _saved(forward, first, norm),
                 "floor": least.as_dict(),
                 "distance_to_floor": taken.median / least.seconds,
