@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python
 # Further arguments of the command behind a target: make demo ARGS="--help".
 ARGS ?=
-PYTEST_ARGS ?= -n 2 --durations=15
+PYTEST_ARGS ?= -n 2 --dist worksteal --durations=15
 
 INSTALLED := $(VENV)/.peftfast-installed
 RUN := $(VENV)/bin/python
@@ -26,7 +26,7 @@ demo: $(INSTALLED)  ## fine-tune a small encoder twice, plain and patched, and c
 	$(VENV)/bin/peftfast demo $(ARGS)
 
 test: $(INSTALLED)  ## the test suite; without a GPU, kernels run in Triton's interpreter
-	$(RUN) -m pytest benchmarks/tests
+	$(RUN) -m pytest -n 2 benchmarks/tests
 	$(RUN) -m pytest $(PYTEST_ARGS) $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
