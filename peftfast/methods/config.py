@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from peft import PeftConfig
@@ -15,8 +16,28 @@ _METHODS: dict[str, type[MethodConfig]] = {}
 Declared = TypeVar("Declared", bound="type[MethodConfig]")
 
 
+class _OfMethod(type):
+    """PEFT makes a saved configuration from its type, which all methods share: the class is that
+    of the method that it names. Fields that this version does not know are left out with a
+    warning, as PEFT does for its own.
+    """
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        if cls is not MethodConfig:
+            return super().__call__(*args, **options)
+        chosen = method_config(options.get("method"))
+        known = {one.name for one in fields(chosen)}
+        if unknown := sorted(set(options) - known):
+            warnings.warn(
+                f"{chosen.__name__} does not know {', '.join(unknown)}: ignored. The configuration"
+                " was probably saved by another version of peft or peftfast",
+                stacklevel=2,
+            )
+        return chosen(**{name: value for name, value in options.items() if name in known})
+
+
 @dataclass
-class MethodConfig(PeftConfig):
+class MethodConfig(PeftConfig, metaclass=_OfMethod):
     """What every method's configuration has; a method is a subclass with `declare`.
 
     Args:
@@ -41,12 +62,6 @@ class MethodConfig(PeftConfig):
 
     # The name that `register_method` gives a subclass.
     _method: ClassVar[str | None] = None
-
-    def __new__(cls, *args: Any, **options: Any) -> MethodConfig:
-        # PEFT makes a saved configuration from its type, which all methods share.
-        if cls is MethodConfig:
-            return object.__new__(method_config(options.get("method")))
-        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,13 +44,19 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         self._placed: dict[str, dict[str, Placement]] = {}
         self._taps: dict[str, AdapterHost] = {}
         self._read_by: list[AdapterHost] = []
+        self._near: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
         self._seen: Tensor | None = None
         self._awaited = 0
 
     def update_layer(
-        self, adapter_name: str, placement: Placement, module: BottleneckAdapter
+        self,
+        adapter_name: str,
+        placement: Placement,
+        module: BottleneckAdapter,
+        near: nn.Module,
     ) -> None:
-        """Add one component of an adapter."""
+        """Add one component of an adapter, which is to be on the device of the linear `near`."""
+        self._near = (near,)
         name = placement.component.parameter_name
         attribute = f"{PREFIX}{name}"
         if attribute not in self.adapter_layer_names:
@@ -77,9 +83,23 @@ class AdapterHost(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """As in PEFT, but no value is rounded to the base's dtype on the way."""
+        if device is None and self._near:
+            device = self._get_base_layer_device_and_dtype(self._near[0])[0]
+        for _, module in self.components(adapter_name):
+            if device is not None and not any(one.is_meta for one in module.parameters()):
+                module.to(device)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._placed.pop(adapter_name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without an input that an interrupted forward left behind: it belongs to no copy."""
+        return {**self.__dict__, "_seen": None, "_awaited": 0}
 
     def adapters(self) -> set[str]:
         """The adapters that have components here."""
@@ -166,9 +186,20 @@ class AdapterHost(nn.Module, BaseTunerLayer):
 
     # Merging: what is linear in a linear's own input is a change of its weight.
 
-    def merge_reasons(self, adapter_name: str) -> list[str]:
-        """Why an adapter's components here can't be merged into the base; empty where they can."""
+    def merge_reasons(self, adapter_name: str, merged: Sequence[str]) -> list[str]:
+        """Why an adapter's components here can't be merged into the base, together with those of
+        the others in `merged`; empty where they can.
+        """
         reasons = []
+        if adapter_name in self._placed:
+            reasons += [
+                f"adapter {name!r}, which is active and not merged, changes what goes into"
+                " or comes out of the same module"
+                for name in self.active_adapters
+                if name not in merged and name not in self.merged_adapters
+                for placement, _ in self.components(name)
+                if not _is_added(placement)
+            ]
         for placement, module in self.components(adapter_name):
             component = placement.component
             what = f"component {component.name!r}"
@@ -198,7 +229,7 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         """
         names = check_adapters_to_merge(self, adapter_names)
         for name in names:
-            if reasons := self.merge_reasons(name):
+            if reasons := self.merge_reasons(name, names):
                 raise ValueError(f"adapter {name!r} can't be merged: {'; '.join(reasons)}")
         names = [name for name in names if name in self._placed]
         self._add(names, 1.0, safe_merge)
@@ -238,6 +269,13 @@ class AdapterHost(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "peftfast." + super().__repr__()
+
+
+def _is_added(placement: Placement) -> bool:
+    """Whether an adapter only adds to a module's output."""
+    component = placement.component
+    parallel = component.insertion == "parallel" and component.composition == "add"
+    return parallel and placement.side == "output"
 
 
 def _scale(module: BottleneckAdapter) -> Any:

@@ -32,8 +32,8 @@ class AdapterModel(BaseTuner):
 
     # Placements of the adapter that is being injected, by host.
     _plan: dict[str, list[Placement]]
-    # Its shared factors of Kronecker products, by their size.
-    _shared: dict[int, nn.Parameter]
+    # Those whose factors of Kronecker products others share, by their size.
+    _shared: dict[int, KroneckerAdapter]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
         return peft_config
@@ -86,7 +86,8 @@ class AdapterModel(BaseTuner):
         for placement in self._plan[current_key]:
             module = self._make(placement)
             module.requires_grad_(adapter_name in self.active_adapters)
-            host.update_layer(adapter_name, placement, module)
+            near = base_of(self.model.get_submodule(placement.near))
+            host.update_layer(adapter_name, placement, module, near)
         for placement in self._plan[current_key]:
             if placement.tap is not None:
                 host.read_from(adapter_name, self._host(placement.tap, placement))
@@ -126,7 +127,7 @@ class AdapterModel(BaseTuner):
             options["shared"] = self._shared.get(component.divisions)
         module = component.make(placement.in_features, placement.out_features, **options)
         if isinstance(module, KroneckerAdapter):
-            self._shared.setdefault(component.divisions, module.shared)
+            self._shared.setdefault(component.divisions, module)
         return module
 
     # Merging
@@ -137,7 +138,7 @@ class AdapterModel(BaseTuner):
             if not isinstance(module, AdapterHost):
                 continue
             for name in names:
-                if reasons := module.merge_reasons(name):
+                if reasons := module.merge_reasons(name, names):
                     raise ValueError(
                         f"adapter {name!r} can't be merged into the base weights at {key}:"
                         f" {'; '.join(reasons)}. unload() gives the base model without it"

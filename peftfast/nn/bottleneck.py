@@ -36,7 +36,8 @@ class BottleneckAdapter(nn.Module):
         scaling: s.
         learned_scaling: s is a parameter [1] that starts there (He et al., section 3.3).
         gate: g = mean over the tokens of sigmoid(w x + b), one for each sequence [B, S, d]
-            (Mao et al., ACL 2022, UniPELT, section 3.2); without it g = 1.
+            (Mao et al., ACL 2022, UniPELT, section 3.2), padding among them, and with a KV cache
+            the tokens of each step; without it g = 1.
         norm: "layer", "rms" or "batch" (over all rows), or None.
         norm_position: "before" the down-projection, or "after" the up-projection.
         depth: number of hidden layers; those after the first are m x m.
@@ -122,8 +123,9 @@ class BottleneckAdapter(nn.Module):
         self._parameter("norm_weight", norm is not None, (normed,), made)
         self._parameter("norm_bias", norm in ("layer", "batch"), (normed,), made)
         if norm == "batch":
-            self.register_buffer("norm_mean", torch.zeros(normed, **made))
-            self.register_buffer("norm_variance", torch.ones(normed, **made))
+            wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+            self.register_buffer("norm_mean", torch.zeros(normed, device=device, dtype=wide))
+            self.register_buffer("norm_variance", torch.ones(normed, device=device, dtype=wide))
         self._parameter("scaling_factor", learned_scaling, (1,), made)
         self._parameter("gate_weight", gate, (1, in_features), made)
         self._parameter("gate_bias", gate, (1,), made)
@@ -243,20 +245,30 @@ class BottleneckAdapter(nn.Module):
         """[B, 1, 1] for x [B, S, in]."""
         if self.gate_weight is None:
             return None
-        if x.ndim < 2:
-            raise ValueError(f"x is {list(x.shape)}; a gate averages over tokens, [B, S, in]")
+        if x.ndim < 3:
+            raise ValueError(
+                f"x is {list(x.shape)}; a gate averages over each sequence's tokens, [B, S, in]"
+            )
         each = torch.sigmoid(_linear(x, self.gate_weight, self.gate_bias))  # [B, S, 1]
         return each.mean(dim=-2, keepdim=True)
 
     def _normed(self, x: Tensor) -> Tensor:
-        weight, bias, eps = self.norm_weight, self.norm_bias, self.norm_eps
+        eps = self.norm_eps
+        weight: Tensor | None = self.norm_weight
+        bias: Tensor | None = self.norm_bias
         if self.norm == "layer":
             return layer_norm(x, weight, bias, eps)
         if self.norm == "rms":
             return rms_norm(x, weight, eps, form="float")
-        rows = x.reshape(-1, x.shape[-1]).to(self.norm_mean.dtype)
-        statistics = self.norm_mean, self.norm_variance
-        y = F.batch_norm(rows, *statistics, weight, bias, self.training, _MOMENTUM, eps)
+        # In float32 or better throughout: PEFT widens parameters of 16 bits, not buffers.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        mean, variance = self.norm_mean.to(dtype), self.norm_variance.to(dtype)
+        weight, bias = (None if one is None else one.to(dtype) for one in (weight, bias))
+        y = F.batch_norm(rows, mean, variance, weight, bias, self.training, _MOMENTUM, eps)
+        if self.training and mean is not self.norm_mean:
+            self.norm_mean.copy_(mean)
+            self.norm_variance.copy_(variance)
         return y.view(x.shape).to(x.dtype)
 
     def extra_repr(self) -> str:

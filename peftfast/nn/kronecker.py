@@ -13,13 +13,14 @@ from peftfast.nn.bottleneck import BottleneckAdapter
 class KroneckerAdapter(BottleneckAdapter):
     """An adapter with W = sum_i A_i (x) (u_i v_i^T) for both projections, i < n (Karimi Mahabadi et
     al., "Compacter", NeurIPS 2021, section 3): parameterised hypercomplex multiplication with
-    factors of low rank, and A shared by both projections and, handed in, by many adapters.
+    factors of low rank, and A shared by both projections and, where asked for, by many adapters.
 
     Args:
         in_features, bottleneck, out_features: as in `BottleneckAdapter`; multiples of divisions.
         divisions: n.
         rank: r of each u_i v_i^T.
-        shared: A [n, n, n], a parameter of other adapters; None makes one.
+        shared: another adapter, whose A this one uses; None makes A here. The parameter is that
+            adapter's alone: here `shared` is None.
 
     Further arguments as in `BottleneckAdapter`; init_std is the deviation of A where
     init is "near_identity", as in the authors' code; with the others the up-projection's u is zero.
@@ -32,7 +33,8 @@ class KroneckerAdapter(BottleneckAdapter):
         TypeError, ValueError: an argument is wrong; the message names it.
     """
 
-    shared: nn.Parameter
+    divisions: int
+    shared: nn.Parameter | None
     down_left: nn.Parameter
     down_right: nn.Parameter
     up_left: nn.Parameter
@@ -46,7 +48,7 @@ class KroneckerAdapter(BottleneckAdapter):
         *,
         divisions: int = 4,
         rank: int = 1,
-        shared: nn.Parameter | None = None,
+        shared: KroneckerAdapter | None = None,
         **options: Any,
     ) -> None:
         for name, value in (("divisions", divisions), ("rank", rank)):
@@ -62,19 +64,22 @@ class KroneckerAdapter(BottleneckAdapter):
         for name, value in widths.items():
             if isinstance(value, int) and value % divisions:
                 raise ValueError(f"{name} is {value}, which {divisions} divisions do not divide")
-        if shared is not None and shared.shape != (divisions,) * 3:
-            raise ValueError(
-                f"shared is {list(shared.shape)}; with {divisions} divisions it is"
-                f" {[divisions] * 3}"
+        if shared is not None and not isinstance(shared, KroneckerAdapter):
+            raise TypeError(
+                f"shared is {type(shared).__name__}; another KroneckerAdapter is needed"
             )
+        if shared is not None and shared.divisions != divisions:
+            raise ValueError(
+                f"shared has {shared.divisions} divisions; an adapter with {divisions} is needed"
+            )
+        # In a tuple, so that it is no submodule, and its parameter not one of this adapter.
+        self._owner = () if shared is None else (shared,)
         self.divisions, self.rank = divisions, rank
         super().__init__(in_features, bottleneck, out_features, **options)
-        if shared is not None:
-            self.shared = shared
 
     def _make_weights(self, bias: bool, made: dict[str, Any]) -> None:
         n, r, m = self.divisions, self.rank, self.bottleneck
-        self._parameter("shared", True, (n, n, n), made)
+        self._parameter("shared", not self._owner, (n, n, n), made)
         self._parameter("down_left", True, (n, m // n, r), made)
         self._parameter("down_right", True, (n, self.in_features // n, r), made)
         self._parameter("down_bias", bias, (m,), made)
@@ -83,16 +88,19 @@ class KroneckerAdapter(BottleneckAdapter):
         self._parameter("up_bias", bias, (self.out_features,), made)
 
     def _reset_weights(self) -> None:
-        std = self.init_std if self.init == "near_identity" else self.divisions**-0.5
-        nn.init.normal_(self.shared, std=std)
+        if self.shared is not None:
+            std = self.init_std if self.init == "near_identity" else self.divisions**-0.5
+            nn.init.normal_(self.shared, std=std)
         for factor in (self.down_left, self.down_right, self.up_left, self.up_right):
             nn.init.xavier_uniform_(factor)
         if self.init != "near_identity":
             nn.init.zeros_(self.up_left)
 
     def _weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        down = _product(self.shared, self.down_left, self.down_right)
-        up = _product(self.shared, self.up_left, self.up_right)
+        shared: Any = self._owner[0].shared if self._owner else self.shared
+        shared = shared.to(self.down_left)
+        down = _product(shared, self.down_left, self.down_right)
+        up = _product(shared, self.up_left, self.up_right)
         return down, self.down_bias, up, self.up_bias
 
 

@@ -98,6 +98,8 @@ def bottleneck(
         ImplUnavailable: `impl` was named and can't serve the call.
     """
     learned = scaling if isinstance(scaling, Tensor) else None
+    if learned is not None and learned.numel() == 1:
+        learned = learned.reshape(1)
     given = residual if isinstance(residual, Tensor) else None
     if given is None and not isinstance(residual, bool):
         raise TypeError(f"residual is {type(residual).__name__}; True, False or a tensor is needed")

@@ -19,6 +19,7 @@ import peftfast
 from peftfast import methods
 from peftfast.methods import (
     AdapterHost,
+    CompacterConfig,
     Component,
     HoulsbyConfig,
     ParallelAdapterConfig,
@@ -192,6 +193,90 @@ def test_a_linear_parallel_adapter_merges_into_its_linear(family: str) -> None:
     assert type(merged) is type(base)
 
 
+def test_merging_beside_an_adapter_that_would_see_it_is_refused() -> None:
+    """The merged change would go through the other's, or read what it has changed."""
+    component = Component(
+        "ffn_down", insertion="parallel", form="identity", bottleneck=2, bias=False, name="linear"
+    )
+    for site in ("ffn_hidden", "ffn_output"):
+        model = peft.get_peft_model(made("llama"), UnifiedConfig(components=[component]))
+        model.add_adapter("other", UnifiedConfig(components=[Component(site, bottleneck=2)]))
+        randomised(model)
+        model.base_model.set_adapter(["other", "default"])
+        expected = logits(model)
+        with pytest.raises(ValueError, match="'other', which is active and not merged"):
+            model.merge_adapter(adapter_names=["default"])
+        assert torch.equal(logits(model), expected)
+        model.base_model.set_adapter("default")
+        expected = logits(model)
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def compacter_factors(model: nn.Module) -> list[torch.Tensor]:
+    return [p for n, p in model.named_parameters() if n.endswith(".shared")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compacters_factor_stays_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT replaces parameters when it casts them, and when it loads onto the meta device."""
+    config = CompacterConfig(bottleneck=4, train_norms=False)
+    model = peft.get_peft_model(made("llama").to(dtype), config)
+    assert len(compacter_factors(model)) == 1
+    randomised(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "peft")
+    folder = str(tmp_path / "peft")
+    low = peft.PeftModel.from_pretrained(
+        made("llama").to(dtype), folder, low_cpu_mem_usage=True, is_trainable=True
+    )
+    assert len(compacter_factors(low)) == 1 and torch.equal(logits(low), expected)
+    copied = copy.deepcopy(low)
+    compacter_factors(copied)[0].data.mul_(3.0)
+    assert torch.equal(logits(low), expected)
+    assert not torch.allclose(logits(copied), expected)
+
+
+def test_adapters_with_a_batch_norm_over_a_16_bit_base() -> None:
+    for keep in (True, False):
+        config = houlsby(norm="batch", train_norms=False)
+        base = made("bert").to(torch.bfloat16)
+        model = peft.get_peft_model(base, config, autocast_adapter_dtype=keep).train()
+        before = {n: b.clone() for n, b in model.named_buffers() if n.endswith("norm_mean")}
+        inputs = {"input_ids": tokens(), "labels": torch.tensor([0, 1])}
+        model(**inputs).loss.backward()
+        after = dict(model.named_buffers())
+        assert before and all(after[n].dtype == torch.float32 for n in before)
+        assert all(not torch.equal(after[n], value) for n, value in before.items())
+        assert torch.isfinite(model.eval()(**inputs).logits).all()
+
+
+def test_a_field_of_another_version_takes_no_other_with_it(tmp_path: Path) -> None:
+    model = peft.get_peft_model(made("bert"), houlsby(activation="tanh", scaling=3.0))
+    randomised(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "brand_new": 1}))
+    with pytest.warns(UserWarning, match="HoulsbyConfig does not know brand_new"):
+        again = peft.PeftModel.from_pretrained(made("bert"), tmp_path)
+    assert torch.equal(logits(again), expected)
+
+
+def test_a_copy_after_an_interrupted_forward() -> None:
+    model = peft.get_peft_model(made("bert"), parallel())
+    inside = model.base_model.model.bert.encoder.layer[1].intermediate.intermediate_act_fn
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    handle = inside.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        model(input_ids=tokens())
+    handle.remove()
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
 def test_a_bias_without_a_place_is_not_merged() -> None:
     component = Component("ffn_down", insertion="parallel", form="identity", bottleneck=3)
     model = peft.get_peft_model(made("llama"), UnifiedConfig(components=[component]))
@@ -232,6 +317,12 @@ def test_transformers_own_adapter_methods(tmp_path: Path) -> None:
     again = made("llama")
     again.load_adapter(str(tmp_path))
     assert torch.equal(logits(again), expected)
+    compacter = made("llama")
+    compacter.add_adapter(CompacterConfig(bottleneck=4, train_norms=False))
+    compacter.save_pretrained(tmp_path / "compacter")
+    again = made("llama")
+    again.load_adapter(str(tmp_path / "compacter"))
+    assert torch.equal(logits(again), logits(compacter)) and len(compacter_factors(again)) == 1
     model.delete_adapter("default")
     assert not any(".default." in name for name in model.state_dict())
 

@@ -253,7 +253,7 @@ def test_a_bad_argument_is_named(change: dict[str, Any], error: type, message: s
 def test_calls_that_make_no_sense_are_named() -> None:
     with pytest.raises(ValueError, match='composition "multiply" needs a residual'):
         BottleneckAdapter(D, M, composition="multiply")(torch.randn(2, D), residual=False)
-    with pytest.raises(ValueError, match="a gate averages over tokens"):
+    with pytest.raises(ValueError, match="a gate averages over each sequence's tokens"):
         BottleneckAdapter(D, M, gate=True)(torch.randn(D))
     with pytest.raises(ValueError, match=r"down is \[8, 24\]; x \[2, 25\]"):
         BottleneckAdapter(D, M)(torch.randn(2, 25))

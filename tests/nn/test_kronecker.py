@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_counts_are_those_of_the_paper() -> None:
     shared by all.
     """
     first = KroneckerAdapter(768, 48, divisions=4)
-    others = [KroneckerAdapter(768, 48, divisions=4, shared=first.shared) for _ in range(23)]
+    others = [KroneckerAdapter(768, 48, divisions=4, shared=first) for _ in range(23)]
     every = torch.nn.ModuleList([first, *others])
     biases = 768 + 48
     assert sum(p.numel() for p in every.parameters()) == 24 * (2 * (768 + 48) + biases) + 4**3
@@ -58,14 +59,22 @@ def test_counts_are_those_of_the_paper() -> None:
     assert sum(p.numel() for p in wide.parameters()) == 2 * 2 * (768 + 48) + 4**3
 
 
-def test_shared_factors_are_one_parameter_and_keep_their_values() -> None:
+def test_shared_factors_are_one_parameter_whatever_becomes_of_it() -> None:
     first = _filled()
+    assert first.shared is not None
     before = first.shared.detach().clone()
-    second = KroneckerAdapter(D, M, divisions=N, shared=first.shared, device=DEVICE)
-    assert second.shared is first.shared and torch.equal(first.shared, before)
+    second = KroneckerAdapter(D, M, divisions=N, shared=first, device=DEVICE)
+    assert torch.equal(first.shared, before)
+    assert second.shared is None and "shared" not in second.state_dict()
     x = torch.randn(3, D, device=DEVICE)
+    pair = torch.nn.ModuleList([first, second])
+    copied = copy.deepcopy(pair)
+    first.shared = torch.nn.Parameter(first.shared.detach() * 2.0)  # as a cast or a load may do
+    down, *_ = second._weights()
+    torch.testing.assert_close(down, 2.0 * copied[1]._weights()[0])
     (first(x) + second(x)).sum().backward()
-    assert "shared" in dict(second.named_parameters()) and first.shared.grad is not None
+    assert first.shared.grad is not None
+    assert copied[1]._owner[0] is copied[0]
 
 
 @pytest.mark.parametrize("init", ["lora", "zero"])
@@ -98,7 +107,8 @@ BAD: list[tuple[dict[str, Any], type, str]] = [
     ({"divisions": 0}, ValueError, "divisions is 0"),
     ({"divisions": 2.0}, TypeError, "divisions is float"),
     ({"rank": 0}, ValueError, "rank is 0"),
-    ({"shared": torch.nn.Parameter(torch.ones(2, 2, 2))}, ValueError, r"shared is \[2, 2, 2\]"),
+    ({"shared": torch.nn.Parameter(torch.ones(4, 4, 4))}, TypeError, "shared is Parameter"),
+    ({"shared": KroneckerAdapter(8, 4, divisions=2)}, ValueError, "shared has 2 divisions"),
     ({"bottleneck": 0}, ValueError, "bottleneck is 0"),
     ({"form": "relu"}, TypeError, "form"),
 ]
