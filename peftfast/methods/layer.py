@@ -88,7 +88,7 @@ class AdapterHost(nn.Module, BaseTunerLayer):
     ) -> None:
         """As in PEFT, but no value is rounded to the base's dtype on the way."""
         if device is None and self._near:
-            device = self._get_base_layer_device_and_dtype(self._near[0])[0]
+            device = weight_of(self._near[0]).device
         for _, module in self.components(adapter_name):
             if device is not None and not any(one.is_meta for one in module.parameters()):
                 module.to(device)
@@ -269,6 +269,13 @@ class AdapterHost(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "peftfast." + super().__repr__()
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """A linear's weight, in whatever form it is held."""
+    held: Any = linear
+    weight: Tensor | None = getattr(held, "weight", None)
+    return held.qweight if weight is None else weight
 
 
 def _is_added(placement: Placement) -> bool:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from peftfast.methods.config import MethodConfig
-from peftfast.methods.layer import AdapterHost
+from peftfast.methods.layer import AdapterHost, weight_of
 from peftfast.methods.placement import Placement, base_of, fingerprint, place
 from peftfast.methods.registration import PREFIX
 from peftfast.methods.sites import find_norms
@@ -112,7 +112,7 @@ class AdapterModel(BaseTuner):
     def _make(self, placement: Placement) -> BottleneckAdapter:
         """A component's module, beside the linear that it stands near."""
         near: Any = base_of(self.model.get_submodule(placement.near))
-        weight: Any = getattr(near, "weight", getattr(near, "qweight", None))
+        weight = weight_of(near)
         dtype = weight.dtype
         if not dtype.is_floating_point:  # quantised
             dtype = getattr(near, "compute_dtype", None) or getattr(self.model, "dtype", None)
