@@ -113,7 +113,7 @@ class AdapterModel(BaseTuner):
         """A component's module, beside the linear that it stands near."""
         near: Any = base_of(self.model.get_submodule(placement.near))
         weight = weight_of(near)
-        dtype = weight.dtype
+        dtype: Any = weight.dtype
         if not dtype.is_floating_point:  # quantised
             dtype = getattr(near, "compute_dtype", None) or getattr(self.model, "dtype", None)
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
