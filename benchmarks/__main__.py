@@ -23,6 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     saved.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     saved.add_argument("--json", metavar="FILE", help="write the rows as JSON; - is stdout")
     saved.add_argument("--quick", action="store_true", help="LoRA only, without compiled cases")
+    saved.add_argument(
+        "--method", action="append", metavar="NAME", help="only this; may be repeated"
+    )
     saved.add_argument("--record", action="store_true", help="append rows to the results folder")
 
     run = commands.add_parser("run", help="measure time and memory on a device")
@@ -95,6 +98,7 @@ def _saved(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         json_path=arguments.json,
         quick=arguments.quick,
+        methods=arguments.method,
         results=arguments.results,
         record=arguments.record,
     )

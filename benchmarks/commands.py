@@ -184,7 +184,13 @@ def run_timed(
 
 
 def count_saved(
-    *, device: str | None, json_path: str | None, quick: bool, results: Path | None, record: bool
+    *,
+    device: str | None,
+    json_path: str | None,
+    quick: bool,
+    results: Path | None,
+    record: bool,
+    methods: Sequence[str] | None = None,
 ) -> int:
     """Counts what a forward keeps; 1 if a target is missed or results are wrong, 2 if the call is
     wrong.
@@ -195,6 +201,11 @@ def count_saved(
     try:
         where = choose_device(device)
         chosen = saved.cases()
+        if methods is not None:
+            if unknown := sorted(set(methods) - set(saved.METHODS)):
+                known = ", ".join(saved.METHODS)
+                raise BenchmarkError(f"--method {unknown[0]}: known are {known}")
+            chosen = [case for case in chosen if case.method in methods]
         if quick:
             chosen = [case for case in chosen if case.method == "lora" and not case.compiled]
         rows = list(saved.report(chosen, where, _progress("saved")))
