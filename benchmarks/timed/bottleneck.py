@@ -55,7 +55,9 @@ class Config:
 def configs(request: Request) -> list[Config]:
     """The headline shape first; further ones on a GPU unless `quick`."""
     if request.device.type == "cpu":
-        shapes = [AdapterShape(256 if request.quick else 2048, 768, 64)]
+        shapes = [AdapterShape(256, 768, 64)]
+        if not request.quick:
+            shapes = [AdapterShape(2048, 768, 64), AdapterShape(512, 384, 64)]
         dtypes = [torch.float32, torch.bfloat16]
     else:
         shapes, dtypes = [HEADLINE], [torch.bfloat16]
