@@ -45,7 +45,9 @@ def tables(rows: Sequence[Row]) -> str:
         if (table := _TABLES.get(benchmark)) is None:
             continue
         heading = "Counted, not timed" if slug == records.COUNTED_SLUG else _where(group)
-        body = _counted_table(group) if slug == records.COUNTED_SLUG else table(group)
+        if slug == records.COUNTED_SLUG:
+            table = _COUNTED.get(benchmark, _counted_table)
+        body = table(group)
         parts.append(f"**`{benchmark}`** {heading}\n\n{body}")
     return "\n\n".join(parts) if parts else "No rows are recorded."
 
@@ -261,7 +263,63 @@ def _counted_table(rows: Sequence[Row]) -> str:
     return f"{note}\n\n{markdown(header, cells)}"
 
 
+def _bottleneck_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "what", "M", "d", "m", "dtype", "norm", "ms", "quartiles", "tokens/s"]
+    header += ["x eager", "MiB kept beside x", "x floor"]
+    cells = []
+    for row in rows:
+        config = row["config"]
+        settings = ("mode", "rows", "features", "bottleneck", "dtype", "norm")
+        cells.append(
+            [
+                row["variant"],
+                *(str(config[name]) for name in settings),
+                *_time_cells(row),
+                _ratio_to(row, rows, "eager"),
+                figure(row["saved_bytes"] / 2**20),
+                figure(row["distance_to_floor"]),
+            ]
+        )
+    return markdown(header, cells)
+
+
+def _quality_table(rows: Sequence[Row]) -> str:
+    header = ["method", "test accuracy", "trained", "with the classifier", "learning rate"]
+    header += ["ms a step", "peak MiB"]
+    cells = [
+        [
+            row["variant"],
+            f"{row['accuracy']:.2%}",
+            f"{row['share_without_classifier']:.2%}",
+            f"{row['share']:.2%}",
+            f"{row['learning_rate']:g}",
+            figure(1e3 * row["time"]["median"], 0),
+            figure(row["peak_bytes"] / 2**20, 1),
+        ]
+        for row in rows
+    ]
+    config = rows[0]["config"]
+    note = (
+        f"{config['model']} on {config['data']}: {config['epochs']} epochs on the whole training"
+        " set, tested once on the whole test set. Several methods trained at a time, so that times"
+        " are no comparison."
+    )
+    return f"{note}\n\n{markdown(header, cells)}"
+
+
+def _counted_adapter_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "total u", "workspace u"]
+    cells = [[row["variant"], figure(row["total_u"]), figure(row["workspace_u"])] for row in rows]
+    config = rows[0]["config"]
+    sizes = f"M={config['rows']}, d={config['features']}, m={config['bottleneck']}"
+    note = f"Bytes moved at {sizes}; u is one activation tensor, workspaces are counted apart."
+    return f"{note}\n\n{markdown(header, cells)}"
+
+
+_COUNTED: dict[str, Callable[[Sequence[Row]], str]] = {"bottleneck": _counted_adapter_table}
 _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "banking77": _quality_table,
+    "bottleneck": _bottleneck_table,
     "lora_linear": _linear_table,
     "lora_siblings": _counted_table,
     "memory_peak": _memory_table,
