@@ -62,7 +62,7 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         if attribute not in self.adapter_layer_names:
             setattr(self, attribute, nn.ModuleDict())
             self.adapter_layer_names = (*self.adapter_layer_names, attribute)
-        getattr(self, attribute)[adapter_name] = module
+        getattr(self, attribute)[adapter_name] = module.train(self.training)
         self._placed.setdefault(adapter_name, {})[name] = placement
 
     def read_from(self, adapter_name: str, tap: AdapterHost) -> None:

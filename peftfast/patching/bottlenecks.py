@@ -1,44 +1,50 @@
 """Bottlenecks of other code: up(act(down(norm(x)))), trained, with or without x added.
 
 A module is recognised by its children: two linears, first the one to few features, and at most an
-activation, a norm and dropouts. What it makes of them is found by comparison: the activation,
-whether x is added, a factor, and where dropouts are.
+activation, a norm and dropouts. What it makes of them is read off its forward, run on symbols: a
+forward that has any other operation is left alone. A comparison on random inputs, with all
+gradients, confirms it.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
 import math
-import types
+import operator
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from peftfast.ops import bottleneck
-from peftfast.ops.bottleneck import ACTIVATIONS
 from peftfast.ops.operands import autocast_dtype
 from peftfast.patching.activations import is_activation, kind_of
 from peftfast.patching.forwards import bypass_reason
 from peftfast.patching.handlers import Comparison
 from peftfast.patching.inputs import PLAIN_TENSORS, input_reason
 from peftfast.patching.parts import CPU, Part, source_of
-from peftfast.patching.probe import compared, normal_on, shallow
+from peftfast.patching.probe import compared, gradients_compared, normal_on, shallow
 from peftfast.patching.state import state_of
+from peftfast.patching.symbolic import (
+    ACTIVATIONS,
+    NUMBERS,
+    PLAIN,
+    Unclear,
+    attributes_read,
+    graph_of,
+    is_plain,
+)
 
 _NORMS = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"}
 _IN, _INNER, _OUT = 12, 5, 14  # features in a probe
 _OTHER = 0.7317  # what a probe puts in the place of a number on the module
-_PLAIN = (bool, int, float, str, type(None))
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
-_READ = "_peftfast_read"
-_EVERYWHERE = {"__dict__", "__class__", *nn.Module().__dict__}
+_LARGE = 1e3
+_ADDITIONS = (operator.add, torch.add, "add")
+_PRODUCTS = (operator.mul, torch.mul, "mul")
+_EVERYWHERE = frozenset(nn.Module().__dict__)
 
 
 class BottleneckPlan(NamedTuple):
@@ -47,6 +53,7 @@ class BottleneckPlan(NamedTuple):
     Attributes:
         types: of every child, by name.
         settings: every other attribute that its forward reads, as it was.
+        act_settings: those of `act`.
         down, up, act, norm: the children, by name; "" where there is none.
         scaling: the name of a factor, a parameter or an attribute; "" where there is none.
         kind: what lies between the linears, of the op's `ACTIVATIONS`.
@@ -58,6 +65,7 @@ class BottleneckPlan(NamedTuple):
 
     types: Mapping[str, type[Any]]
     settings: Mapping[str, Any]
+    act_settings: Mapping[str, Any]
     down: str
     up: str
     act: str
@@ -130,7 +138,7 @@ class Bottleneck(Part):
         if plan.dropout:
             dropout = module._modules.get(plan.dropout)
             p = getattr(module, plan.dropout) if dropout is None else dropout.p
-            if type(p) not in (int, float):
+            if type(p) not in NUMBERS:
                 return f"its {plan.dropout} is a {type(p).__name__}"
             p = p if (module if dropout is None else dropout).training else 0.0
         call = BottleneckCall(module, plan, _factor(module, plan.scaling), p)
@@ -164,59 +172,38 @@ class Bottleneck(Part):
     def find(self, module: Any) -> Comparison:
         found = _children(module)
         assert found is not None
-        act = module._modules.get(found.act)
-        kind = None if act is None else kind_of(shallow(act, source_of(act)))
-        if act is not None and kind is None:
-            return Comparison(unserved=f"its {found.act} computes no activation that has an op")
-        probe = _Probe(module, self.source, found)
-        probe.own(training=False)
-        expected, dropped = probe.own()
-        settings = probe.settings()
-        for name, value in settings.items():
-            if not isinstance(value, (*_PLAIN, *_FUNCTIONS)):
-                kind = type(value).__name__
-                return Comparison(unserved=f"its forward reads its attribute {name!r}, a {kind}")
-        factors, probabilities = probe.attributes_read(settings)
-        scalings = [*module._parameters, *factors]
-        if len(scalings) > 1:
-            names = " and ".join(map(repr, scalings))
-            return Comparison(unserved=f"its output depends on {names}")
-        if len(dropped) != len(probabilities):
-            return Comparison(unserved="it drops elements with a probability that is no attribute")
-        best: tuple[float, BottleneckPlan] | None = None
-        for name in (*scalings, *probabilities):
-            settings.pop(name, None)
-        for plan in _plans(module, found, settings, kind, "".join(scalings), probabilities):
-            got = probe.ours(plan)
-            if compared(expected, got, {got.dtype}, "the module's") != Comparison():
-                continue
-            apart = (expected - got).abs().max().item()
-            if best is None or apart < best[0]:
-                best = apart, plan
-        if best is None:
-            return Comparison(unserved="it computes no bottleneck that the op does")
-        return self._also_elsewhere(module, found, best[1])
+        try:
+            plan = _plan(module, self.source, found)
+        except Unclear as error:
+            return Comparison(unserved=str(error))
+        return self._confirmed(module, found, plan)
 
-    def _also_elsewhere(self, module: Any, found: _Children, plan: BottleneckPlan) -> Comparison:
-        """The plan, if it holds in training, in 16 bits and under autocast too."""
+    def _confirmed(self, module: Any, found: _Children, plan: BottleneckPlan) -> Comparison:
+        """The plan, if the op gives what the module does by it, and all gradients."""
         wide = _Probe(module, self.source, found)
         short = _Probe(module, self.source, found, torch.bfloat16)
         attribute = plan.scaling if plan.scaling not in module._parameters else ""
         other = {attribute: _OTHER} if attribute else {}
-        trials: list[tuple[str, _Probe, bool, dict[str, Any]]] = [
-            ("in evaluation", wide, False, {"training": False, **other}),
-            ("in bfloat16", short, False, {}),
+        trials: list[tuple[str, _Probe, Tensor, bool, dict[str, Any]]] = [
+            ("", wide, wide.x, False, {}),
+            (" of rows", wide, wide.x[0].contiguous(), False, other),
+            (" of large values", wide, wide.x * _LARGE, False, {}),
+            (" in evaluation", wide, wide.x, False, {"training": False, **other}),
+            (" in bfloat16", short, short.x, False, {}),
         ]
         if not _autocast_reason(wide.call(plan), wide.x, torch.bfloat16):
-            trials.append(("under autocast", wide, True, {}))
-        for when, probe, casts, changed in trials:
-            with torch.autocast("cpu", torch.bfloat16, enabled=casts):
-                (expected, _), got = probe.own(**changed), probe.ours(plan, **changed)
+            trials.append((" under autocast", wide, wide.x, True, {}))
+        for when, probe, x, casts, changed in trials:
+            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                x = x.clone().requires_grad_()
+                expected, got = probe.own(x, **changed), probe.ours(plan, x, **changed)
             dtypes = {torch.bfloat16 if casts else got.dtype}
-            found_out = compared(expected, got, dtypes, "the module's")
-            if found_out != Comparison():
-                what = found_out.difference or found_out.unchecked
-                return Comparison(unserved=f"{when} it computes another thing: {what}")
+            result = compared(expected.detach(), got.detach(), dtypes, "the module's")
+            if result == Comparison() and probe is wide and not casts:
+                result = gradients_compared(expected, got, [x, *wide.leaves], "the module's")
+            if result != Comparison():
+                what = result.difference or result.unchecked
+                return Comparison(unserved=f"{f'on an input{when}, ' * bool(when)}{what}")
         return Comparison(plan=plan)
 
     def require(self, impl: str, modules: Iterable[Any]) -> None:
@@ -277,24 +264,179 @@ def _children(module: nn.Module) -> _Children | None:
     return _Children(first, second, act, norm, tuple(others["dropout"]))
 
 
-def _plans(
-    module: Any,
-    found: _Children,
-    settings: dict[str, Any],
-    kind: str | None,
-    scaling: str,
-    probabilities: list[str],
-) -> Iterator[BottleneckPlan]:
-    every = {name: _type_of(child) for name, child in module._modules.items()}
-    linears = module._modules[found.down], module._modules[found.up]
-    residuals = (False, True) if linears[0].in_features == linears[1].out_features else (False,)
-    kinds = ACTIVATIONS if kind is None else (kind,)
-    drops = {*found.dropouts, *probabilities}
-    pairs = itertools.product(("", *drops), ("", *found.dropouts))
-    placed = [pair for pair in pairs if sorted(filter(None, pair)) == sorted(drops)]
-    children = found.down, found.up, found.act, found.norm
-    for each, adds_input, (dropout, last) in itertools.product(kinds, residuals, placed):
-        yield BottleneckPlan(every, settings, *children, scaling, each, adds_input, dropout, last)
+def _plan(module: Any, source: type[nn.Module], found: _Children) -> BottleneckPlan:
+    """What the forward of a module is made of.
+
+    Raises:
+        Unclear: where that is not certain, or no bottleneck.
+    """
+    act = module._modules.get(found.act)
+    act_settings = {} if act is None else {n: vars(act)[n] for n in vars(act).keys() - _EVERYWHERE}
+    if not all(is_plain(value) for value in act_settings.values()):
+        raise Unclear(f"its {found.act} computes no activation that has an op")
+    read = attributes_read(module, source)
+    forms = [
+        _Reading(graph_of(module, source, read, training), module, found, training).form()
+        for training in (True, False)
+    ]
+    if forms[0] != forms[1]:
+        raise Unclear("in evaluation it computes another thing")
+    kind, scaling, adds_input, norm, dropout, last = forms[0]
+    if not kind:
+        known = kind_of(shallow(act, source_of(act)))
+        if known is None:
+            raise Unclear(f"its {found.act} computes no activation that has an op")
+        kind = known
+    types = {name: _type_of(child) for name, child in module._modules.items()}
+    settings = {name: value for name, value in read.items() if name not in (scaling, dropout)}
+    return BottleneckPlan(
+        types=types,
+        settings=settings,
+        act_settings=act_settings,
+        down=found.down,
+        up=found.up,
+        act="" if forms[0].kind else found.act,
+        norm=norm,
+        scaling=scaling,
+        kind=kind,
+        adds_input=adds_input,
+        dropout=dropout,
+        last=last,
+    )
+
+
+class _Form(NamedTuple):
+    """The rest of a `BottleneckPlan`; its `kind` is "" where the child `act` tells it."""
+
+    kind: str
+    scaling: str
+    adds_input: bool
+    norm: str
+    dropout: str
+    last: str
+
+
+class _Reading:
+    """The operations of a forward, read from the last one back to the input."""
+
+    def __init__(self, graph: fx.Graph, module: Any, found: _Children, training: bool) -> None:
+        self._module, self._found, self._training = module, found, training
+        nodes = list(graph.nodes)
+        self._x = next(node for node in nodes if node.op == "placeholder")
+        self._at: Any = nodes[-1].args[0]
+        self._left = [node for node in nodes if node.op.startswith("call_")]
+
+    def form(self) -> _Form:
+        """What they are together.
+
+        Raises:
+            Unclear: where there is any that is no part of a bottleneck.
+        """
+        found = self._found
+        adds_input, scaling, last = self._addition(), "", ""
+        while True:
+            if not last and (last := self._child(found.dropouts)):
+                continue
+            if not scaling and (scaling := self._factor()):
+                continue
+            break
+        self._needed(found.up)
+        dropout = self._child(found.dropouts) or self._dropout()
+        kind = "" if self._child([found.act]) else self._activation()
+        self._needed(found.down)
+        norm = self._child([found.norm])
+        if self._at is not self._x or self._left:
+            raise self._unclear(self._left[-1] if self._at is self._x else self._at)
+        if last == dropout != "":
+            raise Unclear(f"it calls its {last} twice")
+        return _Form(kind, scaling, adds_input, norm, dropout, last)
+
+    def _take(self, to: Any) -> None:
+        """Goes on from the node here to `to`, the one that it reads."""
+        self._left.remove(self._at)
+        self._at = to
+        while (name := self._called()) and source_of(self._module._modules[name]) is nn.Identity:
+            self._left.remove(self._at)
+            self._at = self._at.args[0]
+
+    def _called(self) -> str:
+        """The child that the node here calls with one value alone; "" where it is no such call."""
+        node = self._at
+        is_call = isinstance(node, fx.Node) and node.op == "call_module" and node in self._left
+        return str(node.target) if is_call and len(node.args) == 1 and not node.kwargs else ""
+
+    def _child(self, names: Iterable[str]) -> str:
+        name = self._called()
+        if not name or name not in names:
+            return ""
+        self._take(self._at.args[0])
+        return name
+
+    def _needed(self, name: str) -> None:
+        if not self._child([name]):
+            raise self._unclear(self._at)
+
+    def _operands(self, targets: Iterable[Any]) -> tuple[Any, ...]:
+        """The two values that an operation reads, where the node here is one of these."""
+        node = self._at
+        is_one = isinstance(node, fx.Node) and node in self._left and node.target in targets
+        return node.args if is_one and len(node.args) == 2 and not node.kwargs else ()
+
+    def _addition(self) -> bool:
+        while (name := self._called()) and source_of(self._module._modules[name]) is nn.Identity:
+            self._take(self._at.args[0])
+        operands = self._operands(_ADDITIONS)
+        if self._x not in operands:
+            return False
+        self._take(operands[operands[0] is self._x])
+        return True
+
+    def _factor(self) -> str:
+        operands = self._operands(_PRODUCTS)
+        for one, other in (operands, operands[::-1]) if operands else ():
+            if isinstance(one, fx.Node) and one.op == "get_attr":
+                self._take(other)
+                return str(one.target)
+        return ""
+
+    def _dropout(self) -> str:
+        """The attribute that holds the probability, where the node here is `F.dropout`."""
+        node = self._at
+        if not isinstance(node, fx.Node) or node.target is not F.dropout or node not in self._left:
+            return ""
+        p: Any = node.kwargs.get("p")
+        training = node.kwargs.get("training")
+        is_attribute = isinstance(p, fx.Node) and p.op == "get_attr" and len(node.args) == 1
+        if not is_attribute or p.target in self._module._parameters:
+            raise Unclear("it drops elements with a probability that is no attribute")
+        if training is not self._training or node.kwargs.get("inplace"):
+            raise Unclear("it drops elements in another way than in training alone")
+        self._take(node.args[0])
+        return str(p.target)
+
+    def _activation(self) -> str:
+        node = self._at
+        if not isinstance(node, fx.Node) or node not in self._left:
+            return "identity"
+        kind = ACTIVATIONS.get(node.target) if node.op != "call_module" else None
+        given = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+        if kind is None or len(node.args) != 1:
+            return "identity"
+        if given == {"approximate": "tanh"}:
+            kind = "gelu_tanh"
+        elif given not in ({}, {"approximate": "none"}):
+            return "identity"
+        self._take(node.args[0])
+        return kind
+
+    def _unclear(self, node: Any) -> Unclear:
+        if not isinstance(node, fx.Node):
+            return Unclear(f"it computes with {node!r}, which is no bottleneck that the op does")
+        name = getattr(node.target, "__name__", node.target)
+        what = (
+            "its input" if node is self._x else f"its {name}" * (node.op == "call_module") or name
+        )
+        return Unclear(f"it computes no bottleneck that the op does: it comes upon {what}")
 
 
 class _Probe:
@@ -310,11 +452,13 @@ class _Probe:
         normal = normal_on(CPU)
 
         def parameter(*sizes: int) -> nn.Parameter:
-            return nn.Parameter(normal(*sizes).to(dtype), requires_grad=False)
+            leaf = nn.Parameter(normal(*sizes).to(dtype))
+            self.leaves.append(leaf)
+            return leaf
 
+        self.leaves: list[Tensor] = []
         self.x = normal(2, 3, _IN).to(dtype)
         self._module, self._source, self._found = module, source, found
-        self._read: set[str] = set()
         self._modules: dict[str, Any] = dict(module._modules)
         outer = _IN if _keeps_width(module, found) else _OUT
         for name, sizes in ((found.down, (_INNER, _IN)), (found.up, (outer, _INNER))):
@@ -333,35 +477,24 @@ class _Probe:
             )
         for name in found.dropouts:
             self._modules[name] = _Factor(name)
-        self._parameters = {
-            name: nn.Parameter(parameter(1).view(p.shape), requires_grad=False)
-            for name, p in module._parameters.items()
-        }
+        self._parameters = {name: parameter(*p.shape) for name, p in module._parameters.items()}
 
-    def own(self, **changed: Any) -> tuple[Tensor, list[float]]:
-        """What the module's own forward gives of x in training, with some attributes changed; and
-        the probabilities with which it drops by itself.
-        """
+    def own(self, x: Tensor, **changed: Any) -> Tensor:
+        """What the module's own forward gives of x in training, with some attributes changed."""
         source: Any = self._source
-        view = self._view(_reading(source), self._modules, **changed, **{_READ: self._read})
-        before = dict(view.__dict__)
-        with torch.random.fork_rng(devices=[]), _Dropping() as dropping:
-            torch.default_generator.manual_seed(0)
-            y = self._source.forward(view, self.x.clone())
+        with _Dropping():
+            y = source.forward(self._view(self._modules, **changed), x)
         if not isinstance(y, Tensor):
             raise TypeError(f"it returns a {type(y).__name__}")
-        for name, value in view.__dict__.items():
-            if name not in before or before[name] is not value:
-                raise TypeError(f"it sets its attribute {name!r}")
-        return y, dropping.probabilities
+        return y
 
-    def ours(self, plan: BottleneckPlan, **changed: Any) -> Tensor:
+    def ours(self, plan: BottleneckPlan, x: Tensor, **changed: Any) -> Tensor:
         """What the op gives of x by a plan."""
-        return self.call(plan, **changed).output(self.x, "reference")
+        return self.call(plan, **changed).output(x, "reference")
 
     def call(self, plan: BottleneckPlan, **changed: Any) -> BottleneckCall:
         modules = self._modules
-        view = self._view(self._source, modules, **changed)
+        view = self._view(modules, **changed)
         is_child = plan.dropout in modules
         if is_child or (plan.dropout and view.training):  # a factor of up's columns
             up = modules[plan.up]
@@ -370,48 +503,13 @@ class _Probe:
             view._modules = {**modules, plan.up: shallow(up, nn.Linear, _parameters=scaled)}
         return BottleneckCall(view, plan, _factor(view, plan.scaling), 0.0)
 
-    def settings(self) -> dict[str, Any]:
-        """The attributes that its forward has read here, but for children, parameters, methods and
-        what every module has.
-        """
-        module = self._module
-        found = {}
-        for name in sorted(self._read - _EVERYWHERE - {*module._modules, *module._parameters}):
-            if name in module.__dict__:
-                found[name] = module.__dict__[name]
-            elif type(value := inspect.getattr_static(self._source, name, _PLAIN)) in _PLAIN:
-                found[name] = value
-        return found
-
-    def attributes_read(self, settings: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """The numbers among these that its output depends on, and those with which it drops."""
-        own, dropped = self.own()
-        factors, probabilities = [], []
-        for name, value in settings.items():
-            if type(value) not in (int, float):
-                continue
-            try:
-                y, now_dropped = self.own(**{name: _OTHER})
-            except Exception:  # it is read then, and not as a factor is: no plan will do
-                factors.append(name)
-                continue
-            if y.shape != own.shape or not torch.equal(y, own):
-                factors.append(name)
-            elif now_dropped != dropped:
-                probabilities.append(name)
-        return factors, probabilities
-
-    def _view(self, kind: type[nn.Module], modules: dict[str, Any], **changed: Any) -> Any:
+    def _view(self, modules: dict[str, Any], **changed: Any) -> Any:
         own = {"_modules": modules, "_parameters": self._parameters, "training": True}
-        return shallow(self._module, kind, **{**own, **changed})
+        return shallow(self._module, self._source, **{**own, **changed})
 
 
 class _Dropping(TorchFunctionMode):
-    """Puts a known factor in the place of `F.dropout`, and keeps the probabilities asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.probabilities: list[float] = []
+    """Puts a known factor in the place of `F.dropout`."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -423,10 +521,7 @@ class _Dropping(TorchFunctionMode):
     def _dropped(
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
-        if not training:
-            return input
-        self.probabilities.append(p)
-        return input * _factors(input, "")
+        return input * _factors(input, "") if training else input
 
 
 class _Factor(nn.Module):
@@ -451,17 +546,6 @@ def _keeps_width(module: Any, found: _Children) -> bool:
     return bool(down.in_features == up.out_features)
 
 
-@functools.cache
-def _reading(source: Any) -> Any:
-    """A class like `source` that notes the names of the attributes that are read."""
-
-    def read(self: Any, name: str) -> Any:
-        object.__getattribute__(self, "__dict__").get(_READ, set()).add(name)
-        return source.__getattribute__(self, name)
-
-    return type(source.__name__, (source,), {"__getattribute__": read})
-
-
 def _type_of(child: nn.Module | None) -> type[Any]:
     return type(None) if child is None else source_of(child)
 
@@ -483,10 +567,19 @@ def _change(module: Any, plan: BottleneckPlan) -> str:
             return f"its {name} is a {type(child).__name__}"
         if child is not None and name != called and (reason := bypass_reason(child)):
             return f"its {name} {reason}"
-    for name, was in plan.settings.items():
+    if name := _changed(module, plan.settings):
+        return f"its attribute {name!r} has changed"
+    if plan.act and (name := _changed(modules[plan.act], plan.act_settings)):
+        return f"the {name} of its {plan.act} has changed"
+    return ""
+
+
+def _changed(module: Any, settings: Mapping[str, Any]) -> str:
+    """The first attribute that has not its value in `settings`; "" where all have."""
+    for name, was in settings.items():
         now = getattr(module, name, None)
-        if now is not was and not (type(now) is type(was) in _PLAIN and now == was):
-            return f"its attribute {name!r} has changed"
+        if now is not was and not (type(now) is type(was) in PLAIN and now == was):
+            return name
     return ""
 
 
@@ -494,8 +587,11 @@ def _operand_reason(call: BottleneckCall, x: Tensor) -> str:
     """Why the op would not compute what the module does of x; "" where it would."""
     module, plan = call.module, call.plan
     if plan.scaling in module._parameters or not plan.scaling:
-        named = [(plan.scaling, module._parameters.get(plan.scaling))]
-    elif type(call.scaling) in (int, float) and math.isfinite(call.scaling):
+        factor = module._parameters.get(plan.scaling)
+        if factor is not None and (factor.ndim > 1 or factor.numel() != 1):
+            return f"its {plan.scaling} is {list(factor.shape)}"
+        named = [(plan.scaling, factor)]
+    elif type(call.scaling) in NUMBERS and math.isfinite(call.scaling):
         named = []
     else:
         return f"its attribute {plan.scaling!r} is {call.scaling!r}"

@@ -7,6 +7,7 @@ they are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,6 +86,30 @@ def compared(
             difference=f"its output differs from {whose} by {apart:.2e} on a random input"
             f" (allowed: {allowed:.2e})"
         )
+    return Comparison()
+
+
+def gradients_compared(
+    expected: Tensor, got: Tensor, leaves: Iterable[Tensor], whose: str
+) -> Comparison:
+    """The same of the gradients of two outputs, in float32, in all of `leaves`."""
+    dy = normal_on(expected.device)(*expected.shape).to(expected.dtype)
+    held = list(leaves)
+    theirs, ours = (
+        torch.autograd.grad(y, held, dy, allow_unused=True)
+        if y.requires_grad
+        else [None] * len(held)
+        for y in (expected, got)
+    )
+    for a, b in zip(theirs, ours, strict=True):
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
+            return Comparison(difference=f"only one of it and {whose} has a gradient")
+        found = compared(a, b, {a.dtype}, whose)
+        if found != Comparison():
+            what = (found.difference or found.unchecked).replace("output", "gradient")
+            return dataclasses.replace(found, difference=what, unchecked="")
     return Comparison()
 
 

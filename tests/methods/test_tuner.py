@@ -364,6 +364,7 @@ def test_a_configuration_serves_several_models() -> None:
         model = peft.get_peft_model(made(family), config)
         trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
         assert sum(".modules_to_save." in name for name in trained) == norms
+        assert config.modules_to_save is not None and len(config.modules_to_save) == norms
 
 
 def test_every_linear_by_one_word() -> None:
@@ -408,6 +409,22 @@ def test_layers_are_chosen_by_position() -> None:
     model = peft.get_peft_model(made("t5"), houlsby(layers=[1, 3], train_norms=False))
     names = {host.block.name for host in hosts(model) if host.block is not None}
     assert names == {"encoder.block.1", "decoder.block.1"}
+
+
+def test_a_component_keeps_to_its_stack() -> None:
+    only = Component("ffn_output", bottleneck=2, stack="encoder")
+    model = peft.get_peft_model(made("t5"), UnifiedConfig(components=[only]))
+    assert {host.block.stack for host in hosts(model) if host.block is not None} == {"encoder"}
+    with pytest.raises(ValueError, match="no ffn_output on this model within stack 'decoder'"):
+        wrong = Component("ffn_output", bottleneck=2, stack="decoder")
+        peft.get_peft_model(made("bert"), UnifiedConfig(components=[wrong]))
+
+
+def test_adapters_of_a_model_in_evaluation_do_not_drop() -> None:
+    model = peft.get_peft_model(made("bert"), houlsby(dropout=0.5))
+    randomised(model)
+    assert torch.equal(logits(model), logits(model))
+    assert not torch.equal(logits(model.train()), logits(model))
 
 
 def test_adapters_of_a_16_bit_base_are_float32() -> None:
