@@ -452,7 +452,7 @@ class _Probe:
         normal = normal_on(CPU)
 
         def parameter(*sizes: int) -> nn.Parameter:
-            leaf = nn.Parameter(normal(*sizes).to(dtype))
+            leaf = nn.Parameter(normal(math.prod(sizes)).view(sizes).to(dtype))
             self.leaves.append(leaf)
             return leaf
 

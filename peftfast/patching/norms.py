@@ -13,7 +13,7 @@ from peftfast.patching.forwards import defining_class
 from peftfast.patching.handlers import Comparison
 from peftfast.patching.inputs import PLAIN_TENSORS, input_reason
 from peftfast.patching.parts import CPU, Part, is_leaf
-from peftfast.patching.probe import compared, normal_on, shallow
+from peftfast.patching.probe import compared, gradients_compared, normal_on, shallow
 from peftfast.patching.state import state_of
 
 _EPS_NAMES = ("eps", "variance_epsilon")
@@ -132,16 +132,21 @@ class Norm(Part):
         x = (normal(len(_SPREADS), 2, columns) * spread).to(x_dtype)
         given = {name: value is not None for name, value in module._parameters.items()}
         parameters = {
-            name: nn.Parameter(normal(columns).to(dtype), requires_grad=False) if there else None
+            name: nn.Parameter(normal(columns).to(dtype)) if there else None
             for name, there in given.items()
         }
-        expected = self.source.forward(shallow(module, self.source, _parameters=parameters), x)
-        if not isinstance(expected, Tensor):
-            raise TypeError(f"it returns a {type(expected).__name__}")
+        leaves = [x.requires_grad_(), *(p for p in parameters.values() if p is not None)]
         weight, bias = parameters.get("weight"), parameters.get("bias")
         call = NormCall(weight, bias, getattr(module, eps_name), form)
-        got = call.output(x, "reference")
-        found = compared(expected, got, {expected.dtype}, "the module's")
+        with torch.enable_grad():
+            view = shallow(module, self.source, _parameters=parameters)
+            expected = self.source.forward(view, x.clone())
+            if not isinstance(expected, Tensor):
+                raise TypeError(f"it returns a {type(expected).__name__}")
+            got = call.output(x, "reference")
+        found = compared(expected.detach(), got.detach(), {expected.dtype}, "the module's")
+        if found == Comparison() and x_dtype == dtype == torch.float32:
+            found = gradients_compared(expected, got, leaves, "the module's")
         if found != Comparison():
             return None
         return (expected.double() - got.double()).abs().max().item()

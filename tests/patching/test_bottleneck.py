@@ -60,12 +60,11 @@ class Houlsby(nn.Module):
 
 
 class Hidden(Houlsby):
-    """A factor of the class, and what its forward does not read; a child that may be there."""
-
-    factor = 2.0
+    """A factor that another method reads, and what no method does; a child that may be there."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.factor = 2.0
         self.config, self._calls = {"width": D}, 0
         self.add_module("norm", None)
 
@@ -268,7 +267,9 @@ class Twice(Houlsby):
 
 
 class Counting(Houlsby):
-    calls = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls = self.calls + 1
@@ -341,12 +342,12 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "no bottleneck that the op does",
     ),
     "a fixed dropout": (Fixed, "drops elements with a probability that is no attribute"),
-    "training differs": (InTraining, "in evaluation it computes another thing"),
-    "another dtype": (Wide, "in bfloat16 it computes another thing"),
-    "two numbers": (lambda: Sums(scale=2.0, p=0.5), "depends on 'dropout' and 'scale'"),
+    "training differs": (InTraining, "no bottleneck that the op does: it comes upon its input"),
+    "another dtype": (Wide, "its forward uses 'float'"),
+    "two numbers": (lambda: Sums(scale=2.0, p=0.5), "it comes upon add"),
     "settings elsewhere": (Configured, "its forward reads its attribute '_config', a dict"),
     "a pair": (Pair, "it returns a tuple"),
-    "state": (Counting, "it sets its attribute 'calls'"),
+    "state": (Counting, "its forward sets 'calls'"),
     "no eps": (
         lambda: nn.Sequential(nn.RMSNorm(D), nn.Linear(D, M), nn.ReLU(), nn.Linear(M, D)),
         "norm_eps is NoneType",
