@@ -54,6 +54,7 @@ class BottleneckPlan(NamedTuple):
         types: of every child, by name.
         settings: every other attribute that its forward reads, as it was.
         act_settings: those of `act`.
+        methods: of its class, which its forward calls.
         down, up, act, norm: the children, by name; "" where there is none.
         scaling: the name of a factor, a parameter or an attribute; "" where there is none.
         kind: what lies between the linears, of the op's `ACTIVATIONS`.
@@ -66,6 +67,7 @@ class BottleneckPlan(NamedTuple):
     types: Mapping[str, type[Any]]
     settings: Mapping[str, Any]
     act_settings: Mapping[str, Any]
+    methods: tuple[str, ...]
     down: str
     up: str
     act: str
@@ -274,7 +276,7 @@ def _plan(module: Any, source: type[nn.Module], found: _Children) -> BottleneckP
     act_settings = {} if act is None else {n: vars(act)[n] for n in vars(act).keys() - _EVERYWHERE}
     if not all(is_plain(value) for value in act_settings.values()):
         raise Unclear(f"its {found.act} computes no activation that has an op")
-    read = attributes_read(module, source)
+    read, methods = attributes_read(module, source)
     forms = [
         _Reading(graph_of(module, source, read, training), module, found, training).form()
         for training in (True, False)
@@ -293,6 +295,7 @@ def _plan(module: Any, source: type[nn.Module], found: _Children) -> BottleneckP
         types=types,
         settings=settings,
         act_settings=act_settings,
+        methods=methods,
         down=found.down,
         up=found.up,
         act="" if forms[0].kind else found.act,
@@ -567,6 +570,9 @@ def _change(module: Any, plan: BottleneckPlan) -> str:
             return f"its {name} is a {type(child).__name__}"
         if child is not None and name != called and (reason := bypass_reason(child)):
             return f"its {name} {reason}"
+    for name in plan.methods:
+        if name in module.__dict__:
+            return f"its {name} was replaced on the instance"
     if name := _changed(module, plan.settings):
         return f"its attribute {name!r} has changed"
     if plan.act and (name := _changed(modules[plan.act], plan.act_settings)):

@@ -7,6 +7,7 @@ attributes of the instance can bear on what it does, and where it changes nothin
 from __future__ import annotations
 
 import dis
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,6 +40,7 @@ _OPERATIONS = (
     "EXTENDED_ARG", "PUSH_NULL", "PRECALL", "KW_NAMES", "CALL_FUNCTION", "CALL_METHOD",
     "COMPARE_OP", "IS_OP", "TO_BOOL", "UNARY_NOT", "UNARY_NEGATIVE", "BINARY_", "BUILD_TUPLE",
 )  # fmt: skip
+_SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _BASE = frozenset(name for kind in nn.Module.__mro__ for name in kind.__dict__)
 _EVERYWHERE = frozenset(nn.Module().__dict__)
 _MACHINERY = ("__getattr__", "__getattribute__", "__call__")
@@ -53,8 +55,11 @@ class Unclear(Exception):
     """Why it can't be told for certain what a forward does."""
 
 
-def attributes_read(module: nn.Module, source: type[nn.Module]) -> dict[str, Any]:
-    """The instance's attributes that its forward, that of `source`, may read, with their values.
+def attributes_read(
+    module: nn.Module, source: type[nn.Module]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The instance's attributes that its forward, that of `source`, may read, with their values;
+    and the methods that it may call.
 
     Raises:
         Unclear: where it may read or change anything else, or could do so.
@@ -63,6 +68,7 @@ def attributes_read(module: nn.Module, source: type[nn.Module]) -> dict[str, Any
         if getattr(source, name, None) is not getattr(nn.Module, name, None):
             raise Unclear(f"its class defines {name}")
     found: dict[str, Any] = {}
+    methods: list[str] = []
     waiting, seen = ["forward"], {"training"}
     while waiting:
         for name in _names(source, waiting.pop()):
@@ -78,6 +84,7 @@ def attributes_read(module: nn.Module, source: type[nn.Module]) -> dict[str, Any
                 if any(type(kind.__dict__[name]) is not types.FunctionType for kind in own):
                     raise Unclear(f"its forward reads {name!r} of its class")
                 waiting.append(name)
+                methods.append(name)
             if name in module.__dict__:
                 found[name] = module.__dict__[name]
                 if not is_plain(found[name]):
@@ -85,7 +92,7 @@ def attributes_read(module: nn.Module, source: type[nn.Module]) -> dict[str, Any
                     raise Unclear(f"its forward reads its attribute {name!r}, a {kind}")
             elif not own and name not in {*module._modules, *module._parameters, *_NAMES}:
                 raise Unclear(f"its forward uses {name!r}")
-    return found
+    return found, tuple(methods)
 
 
 def _names(source: type[nn.Module], name: str) -> Iterator[str]:
@@ -110,7 +117,7 @@ def _attributes(function: types.FunctionType) -> Iterator[str]:
     code = function.__code__
     if set(code.co_freevars) - {"__class__"} or code.co_cellvars:
         raise Unclear("its forward reads variables of another function")
-    if code.co_flags & (0x20 | 0x80 | 0x100 | 0x200):
+    if code.co_flags & _SUSPENDED:
         raise Unclear("its forward is a generator or a coroutine")
     for one in dis.get_instructions(code):
         operation, name = one.opname, one.argval

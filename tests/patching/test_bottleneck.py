@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ClippedGELUActivation
 
 from peftfast.memory import saved_bytes
 from peftfast.nn import BottleneckAdapter
@@ -373,6 +375,228 @@ def test_what_is_left_alone_and_why(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     (entry,) = (one for one in report(module).not_fused if one.path == "held")
     assert reason in "; ".join(entry.reasons)
+
+
+G = {"factor": 1.0}
+SEEN: list[Tensor] = []
+
+
+class Of(Houlsby):
+    """A bottleneck with a relu, whose forward is that function of itself and x."""
+
+    enabled = True
+
+    def __init__(self) -> None:
+        super().__init__(F.relu)
+        self.config = SimpleNamespace(factor=1.0)
+        self.factors, self.seen = [1.0], SEEN
+
+    @property
+    def factor(self) -> float:
+        return self.config.factor
+
+    def delta(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(F.relu(self.first(x)))
+        return y
+
+    @classmethod
+    def named(cls, forward: Callable[..., Any]) -> Callable[[], nn.Module]:
+        return type("Of", (cls,), {"forward": forward, "__module__": __name__})
+
+
+def _no_grad(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = self.first(x)
+    return x + self.second(F.relu(h))
+
+
+def _in_place(self: Any, x: Tensor) -> Tensor:
+    x += self.second(F.relu(self.first(x.clone())))
+    return x
+
+
+def _added(self: Any, x: Tensor) -> Tensor:
+    x += self.second(F.relu(self.first(x)))
+    return x
+
+
+def _straight_through(self: Any, x: Tensor) -> Tensor:
+    h = self.first(x)
+    return x + self.second(F.relu(h).detach() + h - h.detach())
+
+
+def _scaled_gradient(self: Any, x: Tensor) -> Tensor:
+    h = self.first(x)
+    return x + self.second(F.relu(h * 0.1 + (h * 0.9).detach()))
+
+
+def _by_rank(self: Any, x: Tensor) -> Tensor:
+    return x + (self.delta(x) * 2 if x.ndim == 2 else self.delta(x))
+
+
+def _by_length(self: Any, x: Tensor) -> Tensor:
+    return x + (self.delta(x) * 2 if x.shape[1] > 4 else self.delta(x))
+
+
+def _by_flag(self: Any, x: Tensor) -> Tensor:
+    return x + self.delta(x) if x.requires_grad else x
+
+
+def _by_mode(self: Any, x: Tensor) -> Tensor:
+    return x + self.delta(x) if torch.is_grad_enabled() else x
+
+
+def _by_type(self: Any, x: Tensor) -> Tensor:
+    return x + self.delta(x) if isinstance(x, Tensor) else x
+
+
+def _logged(self: Any, x: Tensor) -> Tensor:
+    h = F.relu(self.first(x))
+    self.seen.append(h.detach())
+    return x + self.second(h)
+
+
+def _logged_elsewhere(self: Any, x: Tensor) -> Tensor:
+    SEEN.append(x)
+    return x + self.delta(x)
+
+
+def _defaulted(self: Any, x: Tensor, factors: list[float] = [1.0]) -> Tensor:  # noqa: B006
+    return x + self.delta(x) * factors[0]
+
+
+def _enclosed(factor: float) -> Callable[..., Tensor]:
+    return lambda self, x: x + factor * self.delta(x)
+
+
+UNCERTAIN: dict[str, tuple[Callable[..., Any], str]] = {
+    "x detached": (
+        lambda self, x: x + self.second(F.relu(self.first(x.detach()))),
+        "uses 'detach'",
+    ),
+    "residual detached": (lambda self, x: x.detach() + self.delta(x), "uses 'detach'"),
+    "hidden detached": (
+        lambda self, x: x + self.second(F.relu(self.first(x)).detach()),
+        "uses 'detach'",
+    ),
+    "no grad": (_no_grad, "its forward "),
+    "no grad around": (torch.no_grad()(_by_rank), "variables of another function"),
+    "straight-through": (_straight_through, "uses 'detach'"),
+    "scaled gradient": (_scaled_gradient, "uses 'detach'"),
+    "x changed": (_in_place, "its forward "),
+    "x added to": (_added, "its forward has "),
+    "x changed by a method": (lambda self, x: x.add_(self.delta(x)), "uses 'add_'"),
+    "relu6": (lambda self, x: x + self.second(F.relu6(self.first(x))), "uses 'relu6'"),
+    "clamped": (lambda self, x: x + self.delta(x).clamp(max=100.0), "uses 'clamp'"),
+    "leaky": (
+        lambda self, x: x + self.second(F.leaky_relu(self.first(x), 1e-7)),
+        "uses 'leaky_relu'",
+    ),
+    "rank": (_by_rank, "uses 'ndim'"),
+    "length": (_by_length, "uses 'shape'"),
+    "a flag of x": (_by_flag, "uses 'requires_grad'"),
+    "a mode": (_by_mode, "uses 'is_grad_enabled'"),
+    "a class of x": (_by_type, "reads the global 'isinstance'"),
+    "log": (_logged, "reads its attribute 'seen', a list"),
+    "log elsewhere": (_logged_elsewhere, "reads the global 'SEEN'"),
+    "settings": (
+        lambda self, x: x + self.config.factor * self.delta(x),
+        "reads its attribute 'config', a SimpleNamespace",
+    ),
+    "list": (lambda self, x: x + self.factors[0] * self.delta(x), "'factors', a list"),
+    "property": (lambda self, x: x + self.factor * self.delta(x), "reads 'factor' of its class"),
+    "class attribute": (
+        lambda self, x: x + self.delta(x) if self.enabled else x,
+        "reads 'enabled' of its class",
+    ),
+    "class": (lambda self, x: x + type(self).enabled * self.delta(x), "the global 'type'"),
+    "global": (lambda self, x: x + G["factor"] * self.delta(x), "the global 'G'"),
+    "default": (_defaulted, "defaults that are not plain"),
+    "enclosed": (_enclosed(1.0), "variables of another function"),
+    "a constant": (lambda self, x: x + 1.0 * self.delta(x), "comes upon mul"),
+    "tied": (
+        lambda self, x: x + F.linear(F.relu(self.first(x)), self.first.weight.t()),
+        "uses ",
+    ),
+    "a child twice": (
+        lambda self, x: x + self.second(F.relu(self.first(x))) * self.first(x),
+        "comes upon ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_what_is_uncertain_is_left_alone_and_not_run(name: str) -> None:
+    forward, reason = UNCERTAIN[name]
+    module = nn.ModuleDict({"held": Of.named(forward)()})
+    with pytest.warns(UserWarning, match="nothing was fused"):
+        patch(module)
+    (entry,) = (one for one in report(module).not_fused if one.path == "held")
+    assert reason in "; ".join(entry.reasons)
+    assert not SEEN
+
+
+def test_other_arguments_are_left_to_its_own_forward() -> None:
+    def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = x + (self.delta(x) if mask is None else self.delta(x) * mask)
+        return y
+
+    own = Of.named(forward)()
+    module, x = patch(copy.deepcopy(own)), torch.randn(3, D)
+    agree(module, own, x)
+    assert torch.equal(module(x, mask=torch.zeros(3, 1)), x)
+    assert state_of(module).hits == 1
+
+
+def test_values_far_from_zero() -> None:
+    module = nn.Sequential(
+        nn.Linear(D, M), ClippedGELUActivation(-1e2, 1e2), nn.Linear(M, D)
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="nothing was fused"):
+        assert type(patch(module)) is nn.Sequential
+    model, own = pair("relu")
+    agree(model, own, 1e4 * torch.randn(4, D))
+
+
+def test_settings_of_the_activation() -> None:
+    own = nn.Sequential(nn.Linear(D, M), nn.GELU(), nn.Linear(M, D))
+    module, x = patch(copy.deepcopy(own)), torch.randn(4, D)
+    module[1].approximate = own[1].approximate = "tanh"
+    assert torch.equal(module(x), own(x))
+    assert state_of(module).delegations == {"the approximate of its 1 has changed": 1}
+
+
+def test_a_method_replaced_on_the_instance() -> None:
+    module, own = pair("hidden")
+    module._up = own._up = torch.sin
+    x = torch.randn(4, D)
+    assert torch.equal(module(x), own(x))
+    assert state_of(module).delegations == {"its _up was replaced on the instance": 1}
+
+
+def test_a_factor_of_another_shape() -> None:
+    module, own = pair("a learned factor")
+    for m in (module, own):
+        m.scale = nn.Parameter(torch.full((1, 1, 1), 2.0))
+    x = torch.randn(4, D)
+    assert module(x).shape == own(x).shape == (1, 4, D)
+    assert state_of(module).delegations == {"its scale is [1, 1, 1]": 1}
+
+
+class DetachedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(D)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps).detach()
+
+
+def test_a_norm_with_other_gradients_is_left_alone() -> None:
+    model = patch(nn.Sequential(DetachedNorm(), Houlsby()))
+    assert type(model[0]) is DetachedNorm and type(model[1]) is not Houlsby
+    (entry,) = report(model).not_fused
+    assert "none of the norms" in "; ".join(entry.reasons)
 
 
 def _frozen() -> nn.Module:
