@@ -108,6 +108,7 @@ class Curve:
             # Zero has a place of its own, left of the smallest value.
             below = 10.0 ** math.floor(math.log10(min(spread)))
             axes.set_xscale("symlog", linthresh=below)
+            axes.set_xlim(left=0 if min(places) == 0 else below)
         axes.set(
             xlabel=self.quantity if self.trained is None else "trained parameters", ylabel="score"
         )

@@ -102,11 +102,14 @@ class Component:
                 )
         if (self.bottleneck is None) == (self.reduction is None):
             raise ValueError(
-                f"bottleneck is {self.bottleneck} and reduction {self.reduction}: one of both is"
-                " needed"
+                f"bottleneck is {self.bottleneck} and reduction is {self.reduction}; give exactly"
+                " one of them"
             )
-        if self.reduction is not None and not self.reduction > 0:
-            raise ValueError(f"reduction is {self.reduction}; it must be above 0")
+        if self.reduction is not None:
+            if isinstance(self.reduction, bool) or not isinstance(self.reduction, (int, float)):
+                raise TypeError(f"reduction is {type(self.reduction).__name__}; a number is needed")
+            if not self.reduction > 0:
+                raise ValueError(f"reduction is {self.reduction}; it must be above 0")
         if self.name is None:
             suffix = "_parallel" if self.insertion == "parallel" else ""
             object.__setattr__(self, "name", f"{self.site}{suffix}")

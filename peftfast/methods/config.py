@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,12 @@ class _OfMethod(type):
     of the method that it names. Fields that this version does not know are left out with a
     warning, as PEFT does for its own.
     """
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """Of the constructor, which the call below would hide."""
+        own = inspect.signature(vars(cls)["__init__"])
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         if cls is not MethodConfig:
@@ -47,10 +54,11 @@ class MethodConfig(PeftConfig, metaclass=_OfMethod):
         target_modules: names of modules, or ends of them, or a regular expression, or "all-linear"
             (every linear of the layers): what the site "modules" means.
         modules_to_save: further modules that are trained and saved, as in PEFT.
-        train_norms: train every LayerNorm and RMSNorm of the model too (copies of them, in
-            modules_to_save).
-        placed: how many places each component found and their widths (out, in), by which a
-            checkpoint is refused for a model that it doesn't fit; set when it is placed.
+        train_norms: train every LayerNorm and RMSNorm of the model too, whatever `layers` says
+            (copies of them, in modules_to_save, of which PEFT can use one adapter's at a time).
+        placed: where each component is, as [name of the module with # for numbers, places, width
+            in, width out], by which a checkpoint is refused for a model that it doesn't fit; set
+            when it is placed.
     """
 
     method: str | None = None
@@ -58,7 +66,7 @@ class MethodConfig(PeftConfig, metaclass=_OfMethod):
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     train_norms: bool = False
-    placed: dict[str, list[list[int]]] | None = field(default=None, repr=False)
+    placed: dict[str, list[list[Any]]] | None = field(default=None, repr=False)
 
     # The name that `register_method` gives a subclass.
     _method: ClassVar[str | None] = None
@@ -68,8 +76,9 @@ class MethodConfig(PeftConfig, metaclass=_OfMethod):
         own = type(self)._method
         if own is None:
             raise TypeError(
-                f"{type(self).__name__} has no name: decorate it with"
-                ' @peftfast.methods.register_method("name")'
+                f"{type(self).__name__} is no method by itself: use one of"
+                f" {', '.join(sorted(one.__name__ for one in _METHODS.values()))}, or decorate a"
+                ' class of your own with @peftfast.methods.register_method("name")'
             )
         if self.method not in (None, own):
             raise ValueError(f"method is {self.method!r}; {type(self).__name__} is {own!r}")
@@ -100,7 +109,13 @@ class MethodConfig(PeftConfig, metaclass=_OfMethod):
 
     def resolved(self) -> list[Component]:
         """The components, checked against each other and against the configuration."""
-        found = [Component.of(one) for one in self.declare()]
+        declared = self.declare()
+        if not isinstance(declared, (list, tuple)):
+            raise TypeError(
+                f"{type(self).__name__}.declare() gives {type(declared).__name__}; a list of"
+                " components is needed"
+            )
+        found = [Component.of(one) for one in declared]
         if not found and not self.train_norms:
             raise ValueError(f"{type(self).__name__} declares no component, and trains no norms")
         names = [one.parameter_name for one in found]
@@ -110,8 +125,14 @@ class MethodConfig(PeftConfig, metaclass=_OfMethod):
                     f"{names.count(name)} components are called {name!r}; give them names of their"
                     " own: Component(name=...)"
                 )
-        if any(one.site == MODULES for one in found) and not self.target_modules:
+        of_modules = any(one.site == MODULES for one in found)
+        if of_modules and not self.target_modules:
             raise ValueError('a component is at the site "modules", and target_modules is not set')
+        if self.target_modules and not of_modules:
+            raise ValueError(
+                f"target_modules is {self.target_modules!r}, which only components at the site"
+                f' "modules" use; {type(self).__name__} finds its sites by the model\'s structure'
+            )
         return found
 
 
@@ -124,6 +145,9 @@ def register_method(name: str) -> Callable[[Declared], Declared]:
     Raises:
         ValueError: the name is another method's, or not an identifier in lower case.
     """
+
+    if not isinstance(name, str):
+        raise TypeError('register_method needs a name: @register_method("name")')
 
     def register(cls: Declared) -> Declared:
         if not name.isidentifier() or not name.islower():

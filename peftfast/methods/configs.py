@@ -234,6 +234,8 @@ class UnifiedConfig(MethodConfig):
 def _sublayers(given: Any) -> list[str]:
     if isinstance(given, str):
         given = [given]
+    if not isinstance(given, (list, tuple, set)):
+        raise TypeError(f"sublayers is {type(given).__name__}; a list of names is needed")
     found = list(given)
     for one in found:
         if one not in SUBLAYERS:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -84,14 +85,20 @@ def base_of(module: nn.Module) -> nn.Module:
     return module
 
 
-def fingerprint(placements: Sequence[Placement]) -> dict[str, list[list[int]]]:
-    """For each component, in order of their first use, [places, in, out] of each pair of widths."""
+def fingerprint(placements: Sequence[Placement]) -> dict[str, list[list[Any]]]:
+    """For each component [name with # for numbers, places, in, out] of each kind of place."""
     counted = Counter(
-        (one.component.parameter_name, one.in_features, one.out_features) for one in placements
+        (
+            one.component.parameter_name,
+            re.sub(r"\b\d+\b", "#", one.host),
+            one.in_features,
+            one.out_features,
+        )
+        for one in placements
     )
-    found: dict[str, list[list[int]]] = {}
-    for (name, *widths), places in counted.items():
-        found.setdefault(name, []).append([places, *widths])
+    found: dict[str, list[list[Any]]] = {}
+    for (component, host, *widths), places in counted.items():
+        found.setdefault(component, []).append([host, places, *widths])
     return found
 
 

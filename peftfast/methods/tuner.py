@@ -50,8 +50,8 @@ class AdapterModel(BaseTuner):
             raise ValueError(
                 f"the configuration was made for another model: its components had"
                 f" {_described(peft_config.placed)}; this model has {_described(found)}."
-                " Each is [places, width in, width out]; set placed=None to use the configuration"
-                " on another model"
+                " Each is [name, places, width in, width out]; set placed=None to use the"
+                " configuration on another model"
             )
         for placement in placements:
             for name in (placement.host, placement.tap):

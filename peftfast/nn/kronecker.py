@@ -63,7 +63,9 @@ class KroneckerAdapter(BottleneckAdapter):
         }
         for name, value in widths.items():
             if isinstance(value, int) and value % divisions:
-                raise ValueError(f"{name} is {value}, which {divisions} divisions do not divide")
+                raise ValueError(
+                    f"{name} is {value}; a multiple of divisions, {divisions}, is needed"
+                )
         if shared is not None and not isinstance(shared, KroneckerAdapter):
             raise TypeError(
                 f"shared is {type(shared).__name__}; another KroneckerAdapter is needed"

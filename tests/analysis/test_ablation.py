@@ -101,6 +101,7 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
             ["3", "5", "0.25", "-0.5"],
             ["5", "5", "0.5", "-0.25"],
         ]
+    pytest.importorskip("matplotlib")
     found.plot(tmp_path / "spans.png")
     assert (tmp_path / "spans.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spans.csv", "spans.png"]

@@ -128,6 +128,7 @@ def test_sizes_beside_a_baseline(tmp_path: Path) -> None:
         *(["head only", "", seed, str(head)] for seed in "01"),
     ]
     assert float(rows[1][4]) == curve.scores[0, 0].item()
+    pytest.importorskip("matplotlib")
     curve.plot(tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -25,12 +27,22 @@ def rendered(diagnosis: doctor.Diagnosis) -> str:
     return out.getvalue()
 
 
+def test_registrations_are_said_where_there_are_some() -> None:
+    """In processes of their own: here, other tests have imported what registers."""
+    for line, expected in (("", "[]"), ("import peftfast.methods; ", "PeftType.PEFTFAST")):
+        program = f"{line}from peftfast import doctor; print(doctor.diagnose().registrations)"
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        assert expected in done.stdout
+
+
 def test_json_says_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["peftfast"] == peftfast.__version__
     assert found["implementations"] == availability()
-    assert found["registrations"] == {"peft": [], "transformers": []}
+    assert found["registrations"] == {"peft": doctor._registered(), "transformers": []}
     assert found["problems"] == []
     assert found["torch_cuda"] == torch.version.cuda
     versions = {package["name"]: package["version"] for package in found["packages"]}
@@ -48,7 +60,7 @@ def test_tables_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
     words = text.replace("│", " ").split()  # long reasons are wrapped
     for reason in filter(None, availability().values()):
         assert " ".join(reason.split()[:6]) in " ".join(words)
-    assert "registered with peft: none" in text
+    assert f"registered with peft: {', '.join(doctor._registered()) or 'none'}" in text
 
 
 def test_unusable_implementation_carries_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 from pathlib import Path
@@ -456,20 +457,25 @@ def untouched(base: nn.Module, before: dict[str, Any]) -> None:
     [
         (lambda: Component("ffn_outptu"), "site is 'ffn_outptu'; allowed: .*'ffn_output'"),
         (lambda: Component("ffn_input", bottleneck=4), "can be read .* not written"),
-        (lambda: Component("ffn_output"), "bottleneck is None and reduction None"),
+        (lambda: Component("ffn_output"), "bottleneck is None and reduction is None"),
         (lambda: Component("ffn_output", bottleneck=0), "bottleneck is 0"),
         (lambda: Component("ffn_output", bottleneck=2.5), "bottleneck is float"),
         (lambda: Component("ffn_output", bottleneck=4, form="swosh"), "'swosh'"),
         (lambda: Component("ffn_output", bottleneck=4, reads="ffn_input"), "sequential"),
         (lambda: Component("ffn_output", bottleneck=4, name="a.b"), "name is 'a.b'"),
         (lambda: HoulsbyConfig(bottleneck=-1), "bottleneck is -1"),
-        (lambda: HoulsbyConfig(bottleneck=4, reduction=2), "one of both"),
+        (lambda: HoulsbyConfig(bottleneck=4, reduction=2), "give exactly one"),
         (lambda: HoulsbyConfig(sublayers=["attn"]), "sublayers has 'attn'"),
         (lambda: HoulsbyConfig(sublayers=[]), "sublayers is empty"),
         (lambda: HoulsbyConfig(attention_position="middle"), "attention_position is 'middle'"),
         (lambda: HoulsbyConfig(layers=[-1]), "layers has -1"),
         (lambda: HoulsbyConfig(layers=[]), "layers is empty"),
         (lambda: HoulsbyConfig(method="pfeiffer"), "method is 'pfeiffer'"),
+        (lambda: HoulsbyConfig(reduction="a"), "reduction is str"),
+        (lambda: HoulsbyConfig(sublayers=None), "sublayers is NoneType"),
+        (lambda: HoulsbyConfig(target_modules=["query"]), "only components at the site"),
+        (lambda: methods.AdapterConfig(), "use one of .*HoulsbyConfig"),
+        (lambda: methods.register_method(int), "needs a name"),
         (lambda: UnifiedConfig(), "no component"),
         (lambda: UnifiedConfig(components=[{"bottleneck": 3}]), "no site"),
         (lambda: UnifiedConfig(components=[{"site": "ffn_up", "m": 3}]), "has m, which"),
@@ -536,6 +542,21 @@ def test_a_checkpoint_of_another_shape_is_refused_before_anything_changes(tmp_pa
     with pytest.raises(ValueError, match="made for another model.*32, 32.*64, 64"):
         peft.PeftModel.from_pretrained(wider, tmp_path)
     untouched(wider, before)
+
+
+def test_a_checkpoint_of_another_model_of_the_same_widths_is_refused(tmp_path: Path) -> None:
+    peft.get_peft_model(made("bert"), houlsby()).save_pretrained(tmp_path)
+    llama = made("llama")
+    before = {n: (id(m), type(m)) for n, m in llama.named_modules()}
+    with pytest.raises(ValueError, match=r"bert.encoder.layer.#.output.dropout.*down_proj"):
+        peft.PeftModel.from_pretrained(llama, tmp_path)
+    untouched(llama, before)
+
+
+def test_a_configuration_has_its_own_signature() -> None:
+    parameters = inspect.signature(HoulsbyConfig).parameters
+    assert {"bottleneck", "init_std", "task_type"} <= set(parameters) and "self" not in parameters
+    assert "components" in inspect.signature(UnifiedConfig).parameters
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_the_other_options_are_those_of_its_base() -> None:
 
 
 BAD: list[tuple[dict[str, Any], type, str]] = [
-    ({"bottleneck": 10}, ValueError, "bottleneck is 10, which 4 divisions do not divide"),
+    ({"bottleneck": 10}, ValueError, "bottleneck is 10; a multiple of divisions, 4, is needed"),
     ({"in_features": 30}, ValueError, "in_features is 30"),
     ({"out_features": 30}, ValueError, "out_features is 30"),
     ({"divisions": 0}, ValueError, "divisions is 0"),
