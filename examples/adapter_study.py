@@ -175,7 +175,7 @@ def save(result: analysis.Ablation | analysis.Curve, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="more of everything; about an hour")
+    parser.add_argument("--full", action="store_true", help="more of everything")
     parser.add_argument("--output", type=Path, help="default: a new folder for temporary files")
     arguments = parser.parse_args()
     folder = arguments.output or Path(mkdtemp(prefix="adapter_study-"))
