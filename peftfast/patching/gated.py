@@ -21,7 +21,7 @@ from peftfast.patching.forwards import bypass_reason
 from peftfast.patching.handlers import Comparison
 from peftfast.patching.inputs import input_reason
 from peftfast.patching.parts import CPU, Part, source_of
-from peftfast.patching.probe import compared, normal_on, shallow
+from peftfast.patching.probe import compared, gradients_compared, normal_on, shallow
 from peftfast.patching.state import state_of
 
 _DROPOUTS = (nn.Dropout, nn.Identity)
@@ -124,7 +124,18 @@ class GatedMLP(Part):
                 best = apart, plan
         if best is None:
             return Comparison(unserved="it computes no gated product that has an op")
+        if self._gradients(probe, found, best[1], x) != Comparison():
+            return Comparison(unserved="its gradients are not those of a gated product")
         return Comparison(plan=best[1])
+
+    def _gradients(self, probe: Any, found: _Children, plan: GatedPlan, x: Tensor) -> Comparison:
+        """How those of the input and of the linears differ from the op's."""
+        leaves = [x.requires_grad_()]
+        for name in found.linears:
+            leaves += [one.requires_grad_() for one in probe._modules[name].parameters()]
+        with torch.enable_grad():
+            expected, got = self.source.forward(probe, x), _reference(probe, plan, x)
+            return gradients_compared(expected, got, leaves, "the module's")
 
     def _probe(self, module: Any, found: _Children) -> Any:
         """A view of `module` with small linears, and a factor in the place of dropout."""

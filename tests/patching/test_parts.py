@@ -256,6 +256,15 @@ def test_a_block_of_other_maths_is_left_alone() -> None:
     assert {"act", "drop"} <= fused  # its parts are served on their own
 
 
+class HalfDetached(UpFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.c(x).detach() * self.act(self.a(x)))
+
+
+def test_a_block_of_other_gradients_is_left_alone() -> None:
+    assert "gradients are not those" in reason_of(HalfDetached())
+
+
 def test_the_activation_of_a_fused_mlp_is_not_listed() -> None:
     model = adapted()
     patch(model, exclude=["mlp"])
