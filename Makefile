@@ -26,7 +26,7 @@ demo: $(INSTALLED)  ## fine-tune a small encoder twice, plain and patched, and c
 	$(VENV)/bin/peftfast demo $(ARGS)
 
 test: $(INSTALLED)  ## the test suite; without a GPU, kernels run in Triton's interpreter
-	$(RUN) -m pytest -n 2 benchmarks/tests
+	$(RUN) -m pytest benchmarks/tests
 	$(RUN) -m pytest $(PYTEST_ARGS) $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy

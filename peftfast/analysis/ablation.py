@@ -52,10 +52,12 @@ class Ablation:
         save_csv(("first_layer", "last_layer", "score", "change"), rows, path)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the matrix as a heat map (as figure 6 of Houlsby et al., ICML 2019): PNG.
+        """Draw the matrix as a heat map (as figure 6 of Houlsby et al., ICML 2019), in the
+        format of the path's suffix.
 
         Raises:
             ImportError: matplotlib is not installed.
+            ValueError: it has no such format.
             OSError: the file can't be written; one that was there stays.
         """
         count = len(self.layers)

@@ -75,12 +75,14 @@ class Curve:
         save_csv(("what", "value", "seed", "trained", "score"), rows, path)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the means over the seeds, with the span between the lowest and the highest: PNG.
+        """Draw the means over the seeds, with the span between the lowest and the highest, in
+        the format of the path's suffix.
 
         The horizontal axis is the quantity, or the trained parameters where they are counted.
 
         Raises:
             ImportError: matplotlib is not installed.
+            ValueError: it has no such format.
             OSError: the file can't be written; one that was there stays.
         """
         figure = new_figure(6.4, 4.2)

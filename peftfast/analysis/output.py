@@ -70,9 +70,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG."""
+    """Write a figure in the format of the path's suffix; PNG without one.
+
+    Raises:
+        ValueError: matplotlib has no such format; its message names those that it has.
+    """
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=_DPI)
+    figure.savefig(image, format=Path(path).suffix[1:] or "png", dpi=_DPI)
     write(image.getvalue(), path)
 
 

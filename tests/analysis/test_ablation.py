@@ -105,3 +105,8 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     found.plot(tmp_path / "spans.png")
     assert (tmp_path / "spans.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spans.csv", "spans.png"]
+    found.plot(tmp_path / "spans.svg")
+    assert b"<svg" in (tmp_path / "spans.svg").read_bytes()
+    with pytest.raises(ValueError, match="nonsense"):
+        found.plot(tmp_path / "spans.nonsense")
+    assert not (tmp_path / "spans.nonsense").exists()
