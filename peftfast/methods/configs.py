@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peftfast.methods.component import Component
@@ -75,24 +75,15 @@ class AdapterConfig(MethodConfig):
         return found
 
     def _component(self, site: str, **options: Any) -> Component:
+        """A component at a site, with every argument that it and this configuration share."""
+        shared = {one.name for one in fields(Component)} & {one.name for one in fields(self)}
         return Component(
             site,
             primitive=self._primitive,
             form=self.activation,
             insertion=self._insertion,
-            composition=self.composition,
-            bottleneck=self.bottleneck,
-            reduction=self.reduction,
-            scaling=self.scaling,
-            learned_scaling=self.learned_scaling,
-            gate=self.gate,
             bias=self.adapter_bias,
-            norm=self.norm,
-            norm_position=self.norm_position,
-            depth=self.depth,
-            dropout=self.dropout,
-            init=self.init,
-            init_std=self.init_std,
+            **{name: getattr(self, name) for name in shared},
             **options,
         )
 
@@ -127,8 +118,6 @@ class PfeifferConfig(AdapterConfig):
     """
 
     sublayers: list[str] = field(default_factory=lambda: ["ffn"])
-    reduction: float | None = None
-    init: str = "near_identity"
 
     def __post_init__(self) -> None:
         if self.bottleneck is None and self.reduction is None:
@@ -195,9 +184,6 @@ class CompacterConfig(AdapterConfig):
         if self.bottleneck is None and self.reduction is None:
             self.reduction = 32.0
         super().__post_init__()
-
-    def _component(self, site: str, **options: Any) -> Component:
-        return super()._component(site, divisions=self.divisions, rank=self.rank, **options)
 
 
 @register_method("unified")

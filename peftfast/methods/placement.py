@@ -12,7 +12,7 @@ from torch import nn
 
 from peftfast.methods.component import MODULES, Component
 from peftfast.methods.config import MethodConfig
-from peftfast.methods.sites import SITES, Block, find_blocks, linear_sizes
+from peftfast.methods.sites import SITES, Block, base_of, find_blocks, linear_sizes
 
 ALL_LINEAR = "all-linear"
 
@@ -76,13 +76,6 @@ def place(model: nn.Module, config: MethodConfig) -> list[Placement]:
         raise ValueError("the configuration's components find no place on this model")
     _check_taps(placements)
     return placements
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The module within PEFT's wrappers."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
-        module = inner
-    return module
 
 
 def fingerprint(placements: Sequence[Placement]) -> dict[str, list[list[Any]]]:

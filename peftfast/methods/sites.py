@@ -149,7 +149,7 @@ def find_norms(model: nn.Module) -> tuple[str, ...]:
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """In and out features of a linear of any class, also one that PEFT wraps; None for others."""
-    bare: Any = _bare(module)
+    bare: Any = base_of(module)
     if any(child is not None for child in bare._modules.values()):
         return None
     sizes = getattr(bare, "in_features", None), getattr(bare, "out_features", None)
@@ -162,7 +162,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     return (rows, columns) if getattr(bare, "nf", None) == columns else (columns, rows)
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def base_of(module: nn.Module) -> nn.Module:
     """What wrappers are around: adapters' base layer, or the original of a copy that trains."""
     while (name := _wrapped(module)) is not None:
         module = getattr(module, name)
@@ -176,7 +176,7 @@ def _wrapped(module: nn.Module) -> str | None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    bare = _bare(module)
+    bare = base_of(module)
     if bare._modules or bare._buffers or not any(name in vars(bare) for name in _EPS):
         return False
     shapes = {name: p.ndim for name, p in bare._parameters.items() if p is not None}
@@ -455,7 +455,7 @@ def _end(tree: _Tree, block: str, sublayer: _Sublayer, calls: dict[str, list[fx.
         module = tree.modules.get(path)
         if module is None or id(module) in tree.shared:
             continue
-        if next(_bare(module).parameters(), None) is not None:
+        if next(base_of(module).parameters(), None) is not None:
             break
         if len(calls[name]) == 1:
             end = path
@@ -482,7 +482,7 @@ def _is_causal(core: nn.Module) -> bool:
 
 
 def _is_dropout(module: nn.Module) -> bool:
-    return isinstance(_bare(module), (nn.Dropout, nn.Identity))
+    return isinstance(base_of(module), (nn.Dropout, nn.Identity))
 
 
 def _join(path: str, name: str) -> str:

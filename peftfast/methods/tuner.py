@@ -13,9 +13,9 @@ from torch import nn
 
 from peftfast.methods.config import MethodConfig
 from peftfast.methods.layer import AdapterHost, weight_of
-from peftfast.methods.placement import Placement, base_of, fingerprint, place
+from peftfast.methods.placement import Placement, fingerprint, place
 from peftfast.methods.registration import PREFIX
-from peftfast.methods.sites import find_norms
+from peftfast.methods.sites import base_of, find_norms
 from peftfast.nn.bottleneck import BottleneckAdapter
 from peftfast.nn.kronecker import KroneckerAdapter
 
@@ -84,9 +84,9 @@ class AdapterModel(BaseTuner):
     ) -> None:
         host = self._host(current_key, self._plan[current_key][0])
         for placement in self._plan[current_key]:
-            module = self._make(placement)
-            module.requires_grad_(adapter_name in self.active_adapters)
             near = base_of(self.model.get_submodule(placement.near))
+            module = self._make(placement, near)
+            module.requires_grad_(adapter_name in self.active_adapters)
             host.update_layer(adapter_name, placement, module, near)
         for placement in self._plan[current_key]:
             if placement.tap is not None:
@@ -109,9 +109,8 @@ class AdapterModel(BaseTuner):
     ) -> None:
         setattr(parent, child_name, new_module)
 
-    def _make(self, placement: Placement) -> BottleneckAdapter:
+    def _make(self, placement: Placement, near: nn.Module) -> BottleneckAdapter:
         """A component's module, beside the linear that it stands near."""
-        near: Any = base_of(self.model.get_submodule(placement.near))
         weight = weight_of(near)
         dtype: Any = weight.dtype
         if not dtype.is_floating_point:  # quantised
