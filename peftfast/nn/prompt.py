@@ -97,6 +97,7 @@ class PromptEmbedding(nn.Module):
             self.register_parameter(name, value)
         for name, shape in self._encoder_shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **made)))
+        self._awaits_rows = init == "embeddings"
         self.reset_parameters()
 
     def _encoder_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -138,6 +139,21 @@ class PromptEmbedding(nn.Module):
                 weight = self.get_parameter(name.replace("_bias", "_weight"))
                 bound = math.sqrt(1 / weight.shape[1])
             nn.init.uniform_(self.get_parameter(name).view(shape), -bound, bound)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder makes the rows."""
+        return self.embedding is not None
+
+    @property
+    def owns_encoder(self) -> bool:
+        """Whether it has an encoder, which it shares with no other."""
+        return self.has_encoder
+
+    @property
+    def awaits_rows(self) -> bool:
+        """Whether `start` has still to set what init is "embeddings" for."""
+        return self._awaits_rows
 
     def rows(self) -> Tensor:
         """The prompts of all tasks, one after another [tasks P, d]."""
@@ -206,6 +222,7 @@ class PromptEmbedding(nn.Module):
                 f"rows has the shape {tuple(rows.shape)}; {tuple(self.weight.shape)} is needed"
             )
         self.weight.copy_(rows)
+        self._awaits_rows = False
 
     @torch.no_grad()
     def finalize(self) -> None:
