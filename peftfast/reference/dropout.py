@@ -73,13 +73,14 @@ def philox(keys: Sequence[tuple[Tensor, Tensor]], counters: Tensor) -> tuple[Ten
     return c1.bitwise_left_shift_(32).bitwise_or_(c0), c3.bitwise_left_shift_(32).bitwise_or_(c2)
 
 
-def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+def keep_mask(seed: Tensor, rows: int, cols: int, p: float, first: int = 0) -> Tensor:
     """The dropout mask of a [rows, cols] matrix.
 
     Args:
         seed: int64, one element, on the device where the mask is wanted.
         rows, cols: the matrix's sizes.
         p: drop probability in [0, 1].
+        first: these are the rows from there on of a longer matrix.
 
     Returns:
         bool [rows, cols], true where the element is kept.
@@ -96,7 +97,8 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
         size = min(_BLOCK, total - block)
         for start in range(0, size, _CHUNK):
             stop = min(start + _CHUNK, size)
-            counters = torch.arange(block + start, block + stop, device=seed.device)
+            at = first * groups + block
+            counters = torch.arange(at + start, at + stop, device=seed.device)
             words[start:stop, 0], words[start:stop, 1] = philox(keys, counters)
         torch.ge(words[:size].view(torch.int16), limit, out=keep[block : block + size])
     return keep.view(rows, groups * 8)[:, :cols]
