@@ -78,7 +78,7 @@ class Prompts:
             head, tail, position = self._parts(placement.component)
             inside = int(position == "after_first")
             found.append(Prompt(module, head, tail, inside, inside, size))
-            size += module.tasks * module.virtual_tokens
+            size += module.tasks * module.num_virtual_tokens
         return found
 
     def _parts(self, component: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], str]:
@@ -303,7 +303,7 @@ class _Layout:
         ids = self._of_entries(values)
         if self.tasks is None:
             return ids
-        shift = self.tasks.to(ids).unsqueeze(1) * self.prompt.module.virtual_tokens
+        shift = self.tasks.to(ids).unsqueeze(1) * self.prompt.module.num_virtual_tokens
         return torch.where(self.is_virtual, ids + shift, ids)
 
 
@@ -558,7 +558,7 @@ class _PromptedEmbedding(nn.Module):
         source = type(self)._peftfast_source.forward
         modules = vars(self)[_STATE].modules()
         # Whole prompts only are put in: fewer columns have none.
-        if not modules or input.shape[-1] < min(one.virtual_tokens for one in modules):
+        if not modules or input.shape[-1] < min(one.num_virtual_tokens for one in modules):
             plain: Tensor = source(self, input)
             return plain
         size = _rows_of(self)
@@ -687,7 +687,7 @@ def _start(host: Any, embedding: Any) -> None:
             if component.primitive != "prompt" or not module.awaits_rows:
                 continue
             device = embedding.weight.device
-            count = module.virtual_tokens
+            count = module.num_virtual_tokens
             given = [[one] if isinstance(one, int) else one for one in component.init_tokens or []]
             prompts = []
             for _ in range(module.tasks):

@@ -27,7 +27,7 @@ class PromptEmbedding(nn.Module):
         "mlp": W3 relu(W2 relu(W1 e + b1) + b2) + b3, on each row (as in PEFT)
 
     Args:
-        virtual_tokens: P.
+        num_virtual_tokens: P.
         embedding_dim: d, the width of the model's input embeddings.
         encoder: None, "mlp" or "lstm".
         hidden: the encoder's width; None: d for "mlp", d / 2 in each direction for "lstm".
@@ -53,7 +53,7 @@ class PromptEmbedding(nn.Module):
 
     def __init__(
         self,
-        virtual_tokens: int,
+        num_virtual_tokens: int,
         embedding_dim: int,
         *,
         encoder: str | None = None,
@@ -68,7 +68,7 @@ class PromptEmbedding(nn.Module):
         super().__init__()
         _one_of("encoder", encoder, (None, *ENCODERS))
         _one_of("init", init, INITS)
-        _positive(virtual_tokens=virtual_tokens, embedding_dim=embedding_dim, tasks=tasks)
+        _positive(num_virtual_tokens=num_virtual_tokens, embedding_dim=embedding_dim, tasks=tasks)
         if hidden is not None and encoder is None:
             raise ValueError(
                 f"hidden is {hidden}, and encoder is None; only an encoder has a width"
@@ -86,11 +86,15 @@ class PromptEmbedding(nn.Module):
                 raise TypeError(f"{name} is {type(value).__name__}; a number is needed")
             if not value >= 0.0:
                 raise ValueError(f"{name} is {value}; it can't be negative")
-        self.virtual_tokens, self.embedding_dim, self.tasks = virtual_tokens, embedding_dim, tasks
+        self.num_virtual_tokens, self.embedding_dim, self.tasks = (
+            num_virtual_tokens,
+            embedding_dim,
+            tasks,
+        )
         self.encoder, self.hidden = encoder, hidden
         self.init, self.init_range, self.init_std = init, float(init_range), float(init_std)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        size = (tasks * virtual_tokens, embedding_dim)
+        size = (tasks * num_virtual_tokens, embedding_dim)
         for name in ("weight", "embedding"):
             present = (name == "weight") == (encoder is None)
             value = nn.Parameter(torch.empty(size, **made)) if present else None
@@ -175,7 +179,7 @@ class PromptEmbedding(nn.Module):
 
     def _lstm(self, value: Tensor, weights: list[Tensor]) -> Tensor:
         """torch.nn.LSTM's forward, over the prompt of each task: [tasks P, 2 h]."""
-        value = value.view(self.tasks, self.virtual_tokens, self.embedding_dim)
+        value = value.view(self.tasks, self.num_virtual_tokens, self.embedding_dim)
         start = value.new_zeros(2 * _LAYERS, self.tasks, self.hidden)
         out: Tensor = torch.lstm(
             value, (start, start), weights, True, _LAYERS, 0.0, self.training, True, True
@@ -201,7 +205,7 @@ class PromptEmbedding(nn.Module):
             return rows
         if task_ids.dim() != 1:
             raise ValueError(f"task_ids has the shape {tuple(task_ids.shape)}; [B] is needed")
-        chosen: Tensor = rows.view(self.tasks, self.virtual_tokens, -1)[task_ids]
+        chosen: Tensor = rows.view(self.tasks, self.num_virtual_tokens, -1)[task_ids]
         return chosen
 
     @torch.no_grad()
@@ -215,7 +219,7 @@ class PromptEmbedding(nn.Module):
             raise ValueError(
                 f"the rows come from an encoder ({self.encoder}); finalize() before setting them"
             )
-        if tuple(rows.shape) == (self.virtual_tokens, self.embedding_dim):
+        if tuple(rows.shape) == (self.num_virtual_tokens, self.embedding_dim):
             rows = rows.repeat(self.tasks, 1)
         if rows.shape != self.weight.shape:
             raise ValueError(
@@ -268,7 +272,7 @@ class PromptEmbedding(nn.Module):
         super()._load_from_state_dict(given, prefix, *rest, **more)
 
     def extra_repr(self) -> str:
-        words = f"virtual_tokens={self.virtual_tokens}, embedding_dim={self.embedding_dim}"
+        words = f"num_virtual_tokens={self.num_virtual_tokens}, embedding_dim={self.embedding_dim}"
         if self.encoder is not None:
             words += f", encoder={self.encoder!r}, hidden={self.hidden}"
         return words if self.tasks == 1 else f"{words}, tasks={self.tasks}"

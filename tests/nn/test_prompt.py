@@ -125,8 +125,8 @@ def test_it_is_made_on_a_device_and_in_a_dtype() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"virtual_tokens": 0}, ValueError, "virtual_tokens is 0; it must be at least 1"),
-        ({"virtual_tokens": 2.0}, TypeError, "virtual_tokens is float"),
+        ({"num_virtual_tokens": 0}, ValueError, "num_virtual_tokens is 0; it must be at least 1"),
+        ({"num_virtual_tokens": 2.0}, TypeError, "num_virtual_tokens is float"),
         ({"tasks": True}, TypeError, "tasks is bool"),
         ({"encoder": "gru"}, ValueError, "encoder is 'gru'; allowed: None, 'mlp', 'lstm'"),
         ({"init": "zeros"}, ValueError, "init is 'zeros'; allowed: 'uniform'"),
@@ -140,7 +140,7 @@ def test_wrong_arguments_are_named(
     options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words.replace("(", r"\(")):
-        PromptEmbedding(**{"virtual_tokens": 5, "embedding_dim": 8, **options})
+        PromptEmbedding(**{"num_virtual_tokens": 5, "embedding_dim": 8, **options})
 
 
 def test_wrong_rows_and_tasks_are_named() -> None:
