@@ -11,6 +11,7 @@ from peftfast.ops.dropout import dropout
 from peftfast.ops.embedding import embedding
 from peftfast.ops.lora import lora_linear, lora_linear_group, lora_linear_reasons
 from peftfast.ops.norm import layer_norm, rms_norm
+from peftfast.ops.prefix_attention import prefix_attention
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,5 +28,6 @@ __all__ = [
     "lora_linear_group",
     "lora_linear_reasons",
     "nf4",
+    "prefix_attention",
     "rms_norm",
 ]
