@@ -6,6 +6,7 @@ from peftfast.nn.bottleneck import BottleneckAdapter
 from peftfast.nn.kronecker import KroneckerAdapter
 from peftfast.nn.lora import LoRALinear
 from peftfast.nn.nf4 import NF4Linear
+from peftfast.nn.prefix_attention import PrefixAttention
 from peftfast.nn.quantised_init import loftq_init, pissa_init
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "KroneckerAdapter",
     "LoRALinear",
     "NF4Linear",
+    "PrefixAttention",
     "loftq_init",
     "pissa_init",
 ]
