@@ -11,7 +11,7 @@ import torch
 
 from peftfast.methods.component import EMBEDDING, Component
 from peftfast.methods.config import MethodConfig, register_method
-from peftfast.methods.prompts import MASK, POSITIONS, SLOT, VIRTUAL
+from peftfast.methods.prompt_inputs import MASK, POSITIONS, SLOT, VIRTUAL
 from peftfast.nn.prompt import ENCODERS
 
 INITS = ("uniform", "normal", "vocabulary", "text", "labels")
@@ -153,10 +153,10 @@ class PromptConfig(PromptMethodConfig):
                 raise ValueError(f"init_text is {self.init_text!r}, which has no tokens")
             self.init_tokens = (ids * -(-count // len(ids)))[:count]
             return
-        labels = self.init_labels
-        if isinstance(labels, str) or not all(isinstance(one, str) for one in labels or [None]):
+        labels: Any = self.init_labels
+        if not isinstance(labels, (list, tuple)) or not labels:
             raise TypeError(f"init_labels is {labels!r}; a list of words is needed")
-        words = [_ids(tokenizer, one) for one in labels or []]
+        words = [_ids(tokenizer, one) for one in labels]
         if not all(words):
             raise ValueError(f"init_labels is {labels!r}, of which some have no tokens")
         rest = _sampled(tokenizer, count - len(words)) if len(words) < count else []

@@ -97,8 +97,8 @@ class PromptEmbedding(nn.Module):
         size = (tasks * num_virtual_tokens, embedding_dim)
         for name in ("weight", "embedding"):
             present = (name == "weight") == (encoder is None)
-            value = nn.Parameter(torch.empty(size, **made)) if present else None
-            self.register_parameter(name, value)
+            rows = nn.Parameter(torch.empty(size, **made)) if present else None
+            self.register_parameter(name, rows)
         for name, shape in self._encoder_shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **made)))
         self._awaits_rows = init == "embeddings"
@@ -164,7 +164,9 @@ class PromptEmbedding(nn.Module):
         if self.weight is not None:
             return self.weight
         assert self.embedding is not None
-        held = {name: self.get_parameter(name) for name in self._encoder_shapes()}
+        held: dict[str, Tensor] = {
+            name: self.get_parameter(name) for name in self._encoder_shapes()
+        }
         value: Tensor = self.embedding
         count = len(held)
         if self.encoder == "lstm":
