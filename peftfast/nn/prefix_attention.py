@@ -207,30 +207,35 @@ class PrefixAttention(nn.Module):
             k, v = F.dropout(k, self.dropout), F.dropout(v, self.dropout)
         return k, v
 
-    def gate_of(self, x: Tensor) -> Tensor | None:
-        """The gate of each row [B, 1, 1], for x [B, S, in_features]; None without a gate."""
-        if self.gate_weight is None or self.gate_bias is None:
-            return None
-        if x.ndim != 3 or x.shape[-1] != self.gate_weight.shape[1]:
-            raise ValueError(
-                f"x has the shape {tuple(x.shape)}; the gate reads [B, S,"
-                f" {self.gate_weight.shape[1]}]"
-            )
-        weight, bias = self.gate_weight, self.gate_bias
-        each = torch.sigmoid(F.linear(x.to(weight.dtype), weight, bias))
-        return each.mean(dim=1, keepdim=True)
+    def gate_of(self, x: Tensor | None) -> Tensor | None:
+        """What the op takes for a gate: this module's, times the scaling of form "relu".
 
-    def scale_of(self, gate: Tensor | None) -> Tensor | None:
-        """What the op takes for a gate: the gate, and the scaling of form "relu"."""
-        if self.scaling_factor is not None:
-            return self.scaling_factor if gate is None else gate * self.scaling_factor
-        if self.scaling == 1.0:
-            return gate
-        if gate is None:
-            held = self.prefix_k if self.prefix_k is not None else self.up_weight
-            assert held is not None
-            return torch.full((1,), self.scaling, device=held.device)
-        return gate * self.scaling
+        Args:
+            x: [B, S, in_features], what the gate reads; not needed without one.
+
+        Returns:
+            [B, 1, 1], or [1] without a gate; None where there is neither gate nor scaling.
+
+        Raises:
+            ValueError: there is a gate, and x is None or of another shape.
+        """
+        scaling = self._scaling()
+        weight, bias = self.gate_weight, self.gate_bias
+        if weight is None:
+            return scaling
+        if x is None or x.ndim != 3 or x.shape[-1] != weight.shape[1]:
+            given = None if x is None else list(x.shape)
+            raise ValueError(f"x is {given}; the gate reads [B, S, {weight.shape[1]}]")
+        each = torch.sigmoid(F.linear(x.to(weight.dtype), weight, bias))
+        gate = each.mean(dim=1, keepdim=True)
+        return gate if scaling is None else gate * scaling
+
+    def _scaling(self) -> Tensor | None:
+        if self.scaling_factor is not None or self.scaling == 1.0:
+            return self.scaling_factor
+        held = self.up_weight if self.prefix_k is None else self.prefix_k
+        assert held is not None
+        return torch.full((1,), self.scaling, device=held.device)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, gate: Tensor | None = None, **options: Any
@@ -239,7 +244,7 @@ class PrefixAttention(nn.Module):
 
         Args:
             q: [B, Hq, S, D]; k: [B, Hkv, T, D]; v: [B, Hkv, T, Dv].
-            gate: as `gate_of` gives it; needed by a module with a gate.
+            gate: what `gate_of` gives; may be None where that needs no x.
             options: `peftfast.ops.prefix_attention`'s: masks, is_causal, scale and the like.
 
         Returns:
@@ -248,26 +253,30 @@ class PrefixAttention(nn.Module):
         Raises:
             ValueError: there is a gate here and none is given, or another operand is wrong.
         """
-        if (gate is None) != (self.gate_weight is None):
-            wrong = "given, and this module has none" if gate is not None else "None; see gate_of"
-            raise ValueError(f"gate is {wrong}")
+        if gate is None:
+            if self.gate_weight is not None:
+                raise ValueError("gate is None, and this module has one: give what gate_of(x) says")
+            gate = self.gate_of(None)
         return prefix_attention(
-            q,
-            k,
-            v,
-            *self.prefixes(),
-            gate=self.scale_of(gate),
-            form=self.form,
-            impl=self.impl,
-            **options,
+            q, k, v, *self.prefixes(), gate=gate, form=self.form, impl=self.impl, **options
         )
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether a network makes the prefix."""
+        return self.hidden is not None
+
+    @property
+    def owns_encoder(self) -> bool:
+        """Whether it has all of the network, which others may share."""
+        return self.embedding is not None
 
     @torch.no_grad()
     def finalize(self) -> None:
         """Drop the network and keep what it makes as prefix_k and prefix_v; without one nothing
         happens. Modules that share this one's part of it must be finalized before it.
         """
-        if self.hidden is None:
+        if not self.has_encoder:
             return
         keys, values = (one.contiguous() for one in self._finished())
         self._drop_network(keys, values)
