@@ -22,14 +22,22 @@ from peftfast.methods.configs import (
 )
 from peftfast.methods.layer import AdapterHost
 from peftfast.methods.placement import BlockRef, Placement, place
+from peftfast.methods.prefix_configs import (
+    MAMConfig,
+    MultiHeadParallelAdapterConfig,
+    PrefixConfig,
+    PTuningV2Config,
+    UniPELTConfig,
+)
+from peftfast.methods.prompt_configs import PromptConfig, PTuningConfig
+from peftfast.methods.prompts import embedded
 from peftfast.methods.registration import register, registrations
 from peftfast.methods.sites import SITES, Block, Point, find_blocks, find_norms
-from peftfast.methods.tuner import AdapterModel, hosts, muted
+from peftfast.methods.tuner import AdapterModel, finalize, hosts, muted
 
 register(MethodConfig, AdapterModel)
 
 __all__ = [
-    "SITES",
     "AdapterConfig",
     "AdapterHost",
     "AdapterModel",
@@ -38,13 +46,23 @@ __all__ = [
     "CompacterConfig",
     "Component",
     "HoulsbyConfig",
+    "MAMConfig",
     "MethodConfig",
+    "MultiHeadParallelAdapterConfig",
+    "PTuningConfig",
+    "PTuningV2Config",
     "ParallelAdapterConfig",
     "PfeifferConfig",
     "Placement",
     "Point",
+    "PrefixConfig",
+    "PromptConfig",
+    "SITES",
     "ScaledParallelAdapterConfig",
+    "UniPELTConfig",
     "UnifiedConfig",
+    "embedded",
+    "finalize",
     "find_blocks",
     "find_norms",
     "hosts",

@@ -56,6 +56,8 @@ class MethodConfig(PeftConfig, metaclass=_OfMethod):
         modules_to_save: further modules that are trained and saved, as in PEFT.
         train_norms: train every LayerNorm and RMSNorm of the model too, whatever `layers` says
             (copies of them, in modules_to_save, of which PEFT can use one adapter's at a time).
+        finished: whether what only training needs, the networks that make prefixes and prompts, has
+            been dropped (`peftfast.methods.finalize`).
         placed: where each component is, as [name of the module with # for numbers, places, width
             in, width out], by which a checkpoint is refused for a model that it doesn't fit; set
             when it is placed.
@@ -66,6 +68,7 @@ class MethodConfig(PeftConfig, metaclass=_OfMethod):
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     train_norms: bool = False
+    finished: bool = False
     placed: dict[str, list[list[Any]]] | None = field(default=None, repr=False)
 
     # The name that `register_method` gives a subclass.
@@ -116,6 +119,8 @@ class MethodConfig(PeftConfig, metaclass=_OfMethod):
                 " components is needed"
             )
         found = [Component.of(one) for one in declared]
+        if self.finished or self.inference_mode:
+            found = [one.finished() for one in found]
         if not found and not self.train_norms:
             raise ValueError(f"{type(self).__name__} declares no component, and trains no norms")
         names = [one.parameter_name for one in found]

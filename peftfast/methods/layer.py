@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peftfast.methods import attention
 from peftfast.methods.placement import BlockRef, Placement
 from peftfast.methods.registration import PREFIX
 from peftfast.nn.bottleneck import BottleneckAdapter
@@ -25,6 +26,10 @@ class AdapterHost(nn.Module, BaseTunerLayer):
     `nn.BottleneckAdapter` for each adapter that has it. Several components, and then several active
     adapters, act one after another, in the order of their declaration; parallel ones add up. A
     host without components only remembers its input for those that read it (parallel components).
+
+    Prefixes are here too, beside the linear of q, and their attention module asks for them: the
+    host is its `attention.Source`. So are prompts, beside the input embeddings; `prompts` puts them
+    into what the model embeds.
     """
 
     def __init__(self, base_layer: nn.Module, block: BlockRef | None) -> None:
@@ -47,12 +52,13 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         self._near: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
         self._seen: Tensor | None = None
         self._awaited = 0
+        self._gates: list[Tensor | None] = []  # of the prefixes, until attention takes them
 
     def update_layer(
         self,
         adapter_name: str,
         placement: Placement,
-        module: BottleneckAdapter,
+        module: nn.Module,
         near: nn.Module,
     ) -> None:
         """Add one component of an adapter, which is to be on the device of the linear `near`."""
@@ -99,18 +105,39 @@ class AdapterHost(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without an input that an interrupted forward left behind: it belongs to no copy."""
-        return {**self.__dict__, "_seen": None, "_awaited": 0}
+        return {**self.__dict__, "_seen": None, "_awaited": 0, "_gates": []}
 
     def adapters(self) -> set[str]:
         """The adapters that have components here."""
         return set(self._placed)
 
-    def components(self, adapter_name: str) -> Iterator[tuple[Placement, BottleneckAdapter]]:
+    def components(self, adapter_name: str) -> Iterator[tuple[Placement, Any]]:
         """The components that an adapter has here, in the order of their declaration."""
         for name, placement in self._placed.get(adapter_name, {}).items():
             yield placement, getattr(self, f"{PREFIX}{name}")[adapter_name]
 
-    def _acting(self) -> list[tuple[Placement, BottleneckAdapter]]:
+    def has(self, primitive: str) -> bool:
+        """Whether an adapter has a component of a primitive here, acting or not."""
+        return any(
+            placement.component.primitive == primitive
+            for placed in self._placed.values()
+            for placement in placed.values()
+        )
+
+    @property
+    def is_in_self_attention(self) -> bool:
+        """Whether a prefix here is in self-attention."""
+        return any(
+            placement.component.site == "attention_heads" and placement.core is not None
+            for placed in self._placed.values()
+            for placement in placed.values()
+        )
+
+    def acting(self, primitive: str) -> list[tuple[Placement, Any]]:
+        """The components of one primitive that act in a forward now."""
+        return [one for one in self._acting() if one[0].component.primitive == primitive]
+
+    def _acting(self) -> list[tuple[Placement, Any]]:
         """What acts in a forward now."""
         if self._disable_adapters:
             return []
@@ -131,6 +158,7 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         taps = {one.tap for one, _ in acting if one.tap is not None}
         read: dict[str | None, Tensor] = {tap: self._taps[tap]._take(self) for tap in taps}
         entering = _entering(args, kwargs, type(self.base_layer).__name__)
+        self._make_gates(entering)
         changed = entering
         for placement, module in acting:
             if placement.side == "input":
@@ -143,6 +171,39 @@ class AdapterHost(nn.Module, BaseTunerLayer):
             if placement.side == "output":
                 leaving = self._joined(placement, module, leaving, entering, read)
         return (leaving, *out[1:]) if isinstance(out, tuple) else leaving
+
+    # A prefix's source, for the attention module in which it is.
+
+    def length(self) -> int:
+        """How many rows of prefixes there are now."""
+        return sum(module.num_virtual_tokens for _, module in self.acting("prefix"))
+
+    def shift(self) -> int:
+        """At which position the sequence begins after them."""
+        return sum(
+            module.num_virtual_tokens
+            for placement, module in self.acting("prefix")
+            if placement.component.shift_positions
+        )
+
+    def take(self) -> attention.Prefix | None:
+        """The prefixes of this forward, joined."""
+        gates, self._gates = self._gates, []
+        acting = self.acting("prefix")
+        if len(gates) != len(acting):
+            raise RuntimeError(
+                f"a prefix's attention ran without the {type(self.base_layer).__name__} of its"
+                " query before it"
+            )
+        return attention.joined(
+            [
+                attention.Prefix(*module.prefixes(), gate=gate, form=module.form, impl=module.impl)
+                for (_, module), gate in zip(acting, gates, strict=True)
+            ]
+        )
+
+    def _make_gates(self, entering: Tensor) -> None:
+        self._gates = [module.gate_of(entering) for _, module in self.acting("prefix")]
 
     @staticmethod
     def _joined(
@@ -203,7 +264,9 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         for placement, module in self.components(adapter_name):
             component = placement.component
             what = f"component {component.name!r}"
-            if component.insertion == "sequential":
+            if not component.is_bottleneck:
+                reasons.append(f"{what} is a {component.primitive}: it is no change of a weight")
+            elif component.insertion == "sequential":
                 reasons.append(f"{what} is sequential: it reads what it changes")
             elif placement.tap is not None or placement.side == "input":
                 reasons.append(f"{what} reads another place than the linear that it changes")

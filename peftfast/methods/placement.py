@@ -10,11 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from peftfast.methods.component import MODULES, Component
+from peftfast.methods import attention
+from peftfast.methods.component import EMBEDDING, MODULES, Component
 from peftfast.methods.config import MethodConfig
 from peftfast.methods.sites import SITES, Block, base_of, find_blocks, linear_sizes
 
 ALL_LINEAR = "all-linear"
+# What attention modules call the size and the number of their heads.
+_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_kv")
+_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class BlockRef:
 class Placement:
     """One adapter: at the input or output of the module `host`, reading what enters the module
     `tap`, or, without one, what it changes (sequential) or what enters its host (parallel).
+
+    A prefix (side "attention") is beside the linear of q, whose input its gate reads, and in the
+    attention module `core`, for `heads` of keys and values [number, size]. A prompt (side
+    "embedding") is beside the model's input embeddings.
     """
 
     component: Component
@@ -41,6 +49,8 @@ class Placement:
     out_features: int
     near: str
     block: BlockRef | None
+    core: str | None = None
+    heads: tuple[int, int] | None = None
 
 
 def place(model: nn.Module, config: MethodConfig) -> list[Placement]:
@@ -61,6 +71,8 @@ def place(model: nn.Module, config: MethodConfig) -> list[Placement]:
     for component in config.resolved():
         if component.site == MODULES:
             found = _on_modules(model, component, config, blocks, refs)
+        elif component.site == EMBEDDING:
+            found = [_on_embedding(model, component)]
         else:
             found = [
                 placement
@@ -101,6 +113,8 @@ def _in_block(
     if component.site not in SITES:
         name = block.linears.get(component.site)
         return None if name is None else _on_linear(model, component, name, ref)
+    if component.primitive == "prefix":
+        return _in_attention(model, component, block, ref)
     point = block.points.get(component.site)
     if point is None:
         return None
@@ -118,6 +132,72 @@ def _in_block(
     tap = None if source.module == point.module else source.module
     widths = source.features, point.features
     return Placement(component, point.module, point.side, tap, *widths, point.near, ref)
+
+
+def _in_attention(
+    model: nn.Module, component: Component, block: Block, ref: BlockRef
+) -> Placement | None:
+    """A prefix: in the attention module, beside the linear of q."""
+    sublayer = component.site.removesuffix("_heads")
+    read, heads = block.points.get(f"{sublayer}_input"), block.points.get(component.site)
+    if read is None or heads is None:
+        return None
+    core = read.module.rpartition(".")[0]
+    module = model.get_submodule(core)
+    if (reason := attention.obstacle(module)) is not None:
+        raise ValueError(
+            f"component {component.name!r} can't reach the attention {core}: {reason}. Looked at"
+            f" the layers by structure and found it in {block.name}"
+        )
+    count, size = _key_value_heads(model, module, block, sublayer, heads.features)
+    widths = read.features, count * size
+    return Placement(
+        component, read.module, "attention", None, *widths, read.near, ref, core, (count, size)
+    )
+
+
+def _key_value_heads(
+    model: nn.Module, core: nn.Module, block: Block, sublayer: str, width: int
+) -> tuple[int, int]:
+    """How many heads the keys have, and their size, by the widths of an attention's linears."""
+    known = vars(core)
+    size = next((known[name] for name in _SIZES if isinstance(known.get(name), int)), None)
+    if size is None:
+        number = next((known[name] for name in _NUMBERS if isinstance(known.get(name), int)), 0)
+        size = width // number if number else 0
+    leaving = {
+        role: sizes[1]
+        for role in ("k", "kv", "qkv")
+        if (name := block.linears.get(f"{sublayer}_{role}")) is not None
+        and (sizes := linear_sizes(model.get_submodule(name))) is not None
+    }
+    keys = 0
+    if "k" in leaving:
+        keys = leaving["k"]
+    elif "kv" in leaving:
+        keys = leaving["kv"] // 2
+    elif "qkv" in leaving:
+        keys = (leaving["qkv"] - width) // 2
+    if not size or keys < size or keys % size:
+        raise ValueError(
+            f"the heads of {type(core).__name__} in {block.name} can't be told: size {size}, keys"
+            f" {keys} wide, by its linears {', '.join(sorted(leaving)) or 'none of k, kv, qkv'}"
+        )
+    return keys // size, size
+
+
+def _on_embedding(model: nn.Module, component: Component) -> Placement:
+    """A prompt: beside the model's input embeddings."""
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    held = None if getter is None else getter()
+    name = next((name for name, module in model.named_modules() if module is held), None)
+    features = getattr(held, "embedding_dim", None)
+    if held is None or name is None or not isinstance(features, int):
+        raise ValueError(
+            f"component {component.name!r} finds no input embeddings in {type(model).__name__}: its"
+            f" get_input_embeddings() gives {type(held).__name__}"
+        )
+    return Placement(component, name, "embedding", None, features, features, name, None)
 
 
 def _on_linear(

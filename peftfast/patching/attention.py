@@ -11,9 +11,8 @@ config that shares everything with its own, and answers with this file's name wh
 
 from __future__ import annotations
 
-import functools
-import inspect
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from peftfast.methods.attention import (
+    SharedConfig,
+    asks_interface,
+    original_config,
+    shared_config,
+    source_of,
+)
 from peftfast.ops import recipes
 from peftfast.patching.handlers import Comparison
 from peftfast.patching.parts import Part
@@ -32,42 +38,12 @@ _ADDITIVE = "_peftfast_additive"
 _PASSED_ON = ("position_bias", "cache", "softcap", "output_attentions")
 
 
-class SharedConfig:
-    """A mixin of a config's class; an object of it has the `__dict__` of another config.
+@dataclass(frozen=True)
+class Renamed:
+    """The answer of a rewired module's config."""
 
-    Copies and pickles share with the copy of that config.
-    """
-
-    __slots__ = ()
-    _peftfast_original: Any
-
-    @property
-    def _attn_implementation(self) -> Any:
-        asked = self._peftfast_original._attn_implementation
+    def __call__(self, asked: Any) -> Any:
         return NAME if asked == "sdpa" else asked
-
-    @_attn_implementation.setter
-    def _attn_implementation(self, value: Any) -> None:
-        self._peftfast_original._attn_implementation = value
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return shared_config, (self._peftfast_original,)
-
-
-def shared_config(original: Any) -> Any:
-    """A config that shares all of `original`."""
-    own: Any = type(original)
-    kind = _shared_class(own)
-    made = kind.__new__(kind)
-    object.__setattr__(made, "__dict__", original.__dict__)
-    kind._peftfast_original.__set__(made, original)
-    return made
-
-
-@functools.cache
-def _shared_class(kind: Any) -> Any:
-    members = {"__slots__": ("_peftfast_original",), "__module__": kind.__module__}
-    return type(kind.__name__, (SharedConfig, kind), members)
 
 
 class Attention(Part):
@@ -82,8 +58,10 @@ class Attention(Part):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        source: Any = type(module)
-        return _asks(source) and hasattr(module, "config")
+        if not asks_interface(type(module)) or not hasattr(module, "config"):
+            return False
+        # One with a prefix asks for the prefix's attention, which keeps as little.
+        return source_of(module) is None or state_of(module) is not None
 
     def obstacles(self, module: Any) -> list[str]:
         return []
@@ -93,22 +71,15 @@ class Attention(Part):
 
     def rewire(self, module: Any) -> None:
         if not isinstance(module.config, SharedConfig):
-            module.config = shared_config(module.config)
+            module.config = shared_config(module.config, Renamed())
 
     def restore(self, module: Any) -> None:
-        if isinstance(module.config, SharedConfig):
-            module.config = module.config._peftfast_original
+        config = module.config
+        if isinstance(config, SharedConfig) and isinstance(config._peftfast_answer, Renamed):
+            module.config = original_config(config)
 
     def impl(self, module: Any, impl: str, device: torch.device, dtype: torch.dtype) -> str:
         return "auto"
-
-
-@functools.cache
-def _asks(kind: Any) -> bool:
-    """Whether a class's forward asks the interface, by the names in its code."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    names = () if code is None else code.co_names
-    return "ALL_ATTENTION_FUNCTIONS" in names and "_attn_implementation" in names
 
 
 def attend(
