@@ -399,3 +399,110 @@ def bottleneck_splits(
     splits = max(1, min(rows // (16 * width), -(-2 * sms // programs)))
     span = -(-rows // (splits * block_m)) * block_m
     return span, -(-rows // span)
+
+
+HEAD_LIMIT = 256  # the widest head whose rows one program of an attention holds
+
+
+def head_block(width: int) -> int:
+    """The power of two, 16 or more, that a head's columns are padded to."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def packed_heads(group: int, queries: int) -> int:
+    """How many heads of a group one program has: all of them while they are few rows."""
+    return group if group * queries <= 64 else 1
+
+
+def fewer_rows(tile: Tile, rows: int) -> Tile:
+    """The tile with its block_m cut to what there is, 16 or more."""
+    block_m = tile.block_m
+    while block_m > 16 and block_m // 2 >= rows:
+        block_m //= 2
+    warps = min(tile.num_warps, 4) if block_m < min(tile.block_m, 64) else tile.num_warps
+    return replace(tile, block_m=block_m, num_warps=warps)
+
+
+def prefix_attention_tile(arch: int, block: int, itemsize: int, heavy: bool) -> Tile:
+    """Tile of the attention's forward: block_m queries, block_n keys a step.
+
+    Args:
+        block: the padded head.
+        heavy: whether masks or dropout need registers of their own.
+    """
+    if itemsize == 4:
+        return Tile(32, 32, 0, 4, 1) if block <= 64 else Tile(16, 16, 0, 8, 1)
+    if block <= 64:
+        return Tile(128, 32, 0, 8, 2) if heavy else Tile(128, 64, 0, 4, 3)
+    if block == 128:
+        return Tile(64, 32, 0, 4, 2) if heavy else Tile(128, 64, 0, 8, 2)
+    return Tile(64, 32, 0, 8, 2)
+
+
+def prefix_attention_grad_tile(arch: int, block: int, itemsize: int, heavy: bool) -> Tile:
+    """Tile of the pass over queries of the attention's backward; the arguments as above."""
+    if itemsize == 4:
+        return Tile(16, 32, 0, 4, 1) if block <= 64 else Tile(16, 16, 0, 8, 1)
+    if block <= 64:
+        return Tile(64, 32, 0, 8, 2) if heavy else Tile(64, 64, 0, 4, 2)
+    if block == 128:
+        return Tile(64, 32, 0, 8, 2)
+    return Tile(32, 32, 0, 8, 1)
+
+
+def prefix_attention_grad_kv_tile(arch: int, block: int, itemsize: int, heavy: bool) -> Tile:
+    """Tile of the passes over keys of the attention's backward: block_n keys a program, block_m
+    queries a step; the arguments as above.
+    """
+    if itemsize == 4:
+        return Tile(16, 32, 0, 4, 1) if block <= 64 else Tile(16, 16, 0, 8, 1)
+    if block <= 64:
+        return Tile(32, 32, 0, 4, 2) if heavy else Tile(32, 64, 0, 4, 2)
+    if block == 128:
+        return Tile(32, 32 if heavy else 64, 0, 8, 2)
+    return Tile(32, 32, 0, 8, 1)
+
+
+def prefix_splits(steps: int, programs: int, sms: int) -> tuple[int, int]:
+    """Steps a program takes, and the number of splits, of the gradient of a prefix.
+
+    Enough splits for two programs a processor, but none of fewer than 8 steps: a split leaves one
+    tile for each of those it reads.
+    """
+    splits = max(1, min(steps // 8, -(-2 * sms // programs)))
+    span = -(-steps // splits)
+    return span, -(-steps // span)
+
+
+def prefix_attention_plan(dtype: torch.dtype, width: int, on_gpu: bool) -> str:
+    """How the attention over the sequence meets the prefix.
+
+    "fused": one kernel whose loop over keys reads the prefix and then the sequence; "library":
+    torch's flash attention over the sequence, to whose output a kernel adds the prefix. By
+    arithmetic, until recorded rows say otherwise: the library plan moves the output and dq once
+    more each way, 4 of the 11 units of q's size that the step moves beside keys and values, while
+    at 2048 tokens the products take ten times as long as those bytes, and the backward of one
+    kernel less computes five products where two kernels compute seven. Torch's kernel has 16-bit
+    operands and heads of multiples of 8. The environment variable PEFTFAST_PREFIX_ATTENTION
+    overrides the rule.
+    """
+    if _forced_attention:
+        return _forced_attention[-1]
+    if asked := os.environ.get("PEFTFAST_PREFIX_ATTENTION"):
+        if asked not in ("fused", "library"):
+            raise ValueError(f"PEFTFAST_PREFIX_ATTENTION is {asked!r}; allowed: 'fused', 'library'")
+        return asked
+    return "library" if on_gpu and dtype != torch.float32 and width % 8 == 0 else "fused"
+
+
+_forced_attention: list[str] = []
+
+
+@contextlib.contextmanager
+def forced_attention_plan(plan: str) -> Iterator[None]:
+    """Use one plan whatever the rule says."""
+    _forced_attention.append(plan)
+    try:
+        yield
+    finally:
+        _forced_attention.pop()
