@@ -1,4 +1,4 @@
-"""MiniLM on Banking77: full fine-tuning, its cheap baselines, and adapters.
+"""MiniLM on Banking77: full fine-tuning, its cheap baselines, adapters, prefixes and their unions.
 
 Every method trains on the whole training set (10,003 texts, 77 intents) and is tested once on the
 whole test set (3,080). Its learning rate is the best of three on a tenth of the training set, after
@@ -39,9 +39,13 @@ from peftfast.demo.data import banking77
 from peftfast.demo.progress import training_progress
 from peftfast.methods import (
     HoulsbyConfig,
+    MAMConfig,
     ParallelAdapterConfig,
     PfeifferConfig,
+    PrefixConfig,
+    PTuningV2Config,
     ScaledParallelAdapterConfig,
+    UniPELTConfig,
 )
 
 NAME, SEARCH = "banking77", "banking77_search"
@@ -114,6 +118,26 @@ METHODS = {
             "scaled parallel, m = 128",
             (5e-4, 1e-3, 2e-3),
             _adapted(ScaledParallelAdapterConfig(bottleneck=128)),
+        ),
+        Method(
+            "P-Tuning v2, l = 20",
+            (1e-2, 2e-2, 4e-2),
+            _adapted(PTuningV2Config(num_virtual_tokens=20)),
+        ),
+        Method(
+            "MAM, l = 30, m = 128",
+            (1e-3, 2e-3, 4e-3),
+            _adapted(MAMConfig(num_virtual_tokens=30, bottleneck=128)),
+        ),
+        Method(
+            "UniPELT",
+            (2e-3, 5e-3, 1e-2),
+            _adapted(UniPELTConfig()),
+        ),
+        Method(
+            "prefix with an encoder, l = 20",
+            (5e-4, 1e-3, 2e-3),
+            _adapted(PrefixConfig(num_virtual_tokens=20, prefix_projection=True)),
         ),
     )
 }

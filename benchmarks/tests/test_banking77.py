@@ -98,6 +98,19 @@ def test_adapters_are_counted_as_in_the_paper(data: Data) -> None:
     assert counted["share"] < 0.04
 
 
+def test_prefixes_are_counted_as_in_the_papers(data: Data) -> None:
+    device = torch.device("cpu")
+    base = banking77.pretrained(banking77.base_model(data.labels, device))
+    prefixes = 6 * 2 * 384  # a row of k and v in each layer
+    adapters = 6 * (2 * 384 * 128 + 384 + 128)
+    for name, expected in (
+        ("P-Tuning v2, l = 20", 20 * prefixes),
+        ("MAM, l = 30, m = 128", 30 * prefixes + adapters),
+    ):
+        model = banking77.build(METHODS[name], data, 0, device)
+        assert banking77.counts(model, base)["trained_without_classifier"] == expected
+
+
 def test_accuracy_is_of_the_most_likely_label() -> None:
     class Fixed(torch.nn.Module):
         def __init__(self) -> None:
