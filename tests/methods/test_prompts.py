@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import inspect
 import pickle
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -21,6 +24,7 @@ from peftfast.methods.prompts import embedded
 from tests.methods.models import made
 from tests.patching.tiny import VOCAB
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "cloze.py"
 WORDS = "the capital of is it was . great bad".split()
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 MASK_ID = 4
@@ -545,8 +549,6 @@ def test_copies_have_prompts_of_their_own() -> None:
 
 
 def test_the_model_keeps_its_name_and_signature() -> None:
-    import inspect
-
     model, plain = prompted("llama")
     base = model.get_base_model()
     assert isinstance(base, type(plain)) and type(base).__name__ == type(plain).__name__
@@ -597,3 +599,23 @@ def test_a_training_step_compiles_whole() -> None:
     got.backward()
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(trained.grad, wanted)
+
+
+@pytest.fixture(scope="module")
+def cloze() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("cloze", EXAMPLE)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_a_cloze_task_is_learned_from_a_handful_of_examples(cloze: ModuleType) -> None:
+    torch.manual_seed(0)
+    base, held = cloze.pretrained(240)
+    model, before, after = cloze.learn(base, held, "capital", steps=100)
+    assert before < 0.2 and after >= 0.9
+    given, _ = cloze.questions(held, "capital")
+    want = cloze.answers_of(model, given)
+    finalize(model)
+    assert torch.equal(cloze.answers_of(model, given), want)
