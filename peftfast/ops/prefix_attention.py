@@ -108,18 +108,13 @@ def prefix_attention(
     """
     if isinstance(q, Tensor) and (dtype := autocast_dtype(q)) is not None:
         q, k, v, prefix_k, prefix_v = _autocast(dtype, q, k, v, prefix_k, prefix_v)
-    prefixes = [
-        one[None] if isinstance(one, Tensor) and one.ndim == 3 else one
-        for one in (prefix_k, prefix_v)
-    ]
-    if prefix_index is None and isinstance(prefixes[0], Tensor) and prefixes[0].ndim == 4:
-        if (count := prefixes[0].shape[0]) != 1:
-            raise ValueError(
-                f"prefix_index is None, and prefix_k {shape(prefixes[0])} holds {count} prefixes:"
-                " say which one each row of the batch has"
-            )
+    if isinstance(prefix_k, Tensor) and prefix_k.ndim == 3:
+        prefix_k = prefix_k[None]
+    if isinstance(prefix_v, Tensor) and prefix_v.ndim == 3:
+        prefix_v = prefix_v[None]
     operands = _Operands(
-        q, k, v, *prefixes, sinks, gate, attn_mask, prefix_mask, prefix_index, prefix_lengths, seed,
+        q, k, v, prefix_k, prefix_v, sinks, gate,
+        attn_mask, prefix_mask, prefix_index, prefix_lengths, seed,
     )  # fmt: skip
     settings = _Settings(
         bool(is_causal),
@@ -230,7 +225,8 @@ def _check_tensors(operands: _Operands) -> None:
     required = ("q", "k", "v", "prefix_k", "prefix_v")
     kinds = {"prefix_index": "an integer", "prefix_lengths": "an integer"}
     kinds |= {"attn_mask": "a bool or floating", "prefix_mask": "a bool or floating"}
-    for name, value in zip(operands._fields[:-1], operands[:-1], strict=True):
+    tensors: Any = operands[:-1]
+    for name, value in zip(operands._fields[:-1], tensors, strict=True):
         if value is None and name not in required:
             continue
         if name not in kinds:
@@ -283,6 +279,11 @@ def _check(operands: _Operands, settings: _Settings) -> None:
     count, _, rows, _ = prefix_k.shape
     if rows < 1 or count < 1:
         raise ValueError(f"prefix_k is {shape(prefix_k)}; N and P of at least 1 are needed")
+    if count > 1 and operands.prefix_index is None:
+        raise ValueError(
+            f"prefix_index is None, and prefix_k {shape(prefix_k)} holds {count} prefixes: say"
+            " which one each row of the batch has"
+        )
     vectors = {"prefix_index": batch, "prefix_lengths": count, "sinks": heads, "gate": batch}
     for name, size in vectors.items():
         one = getattr(operands, name)
@@ -331,10 +332,9 @@ def _run(operands: _Operands, settings: _Settings) -> Tensor:
 def _implementation(operands: _Operands, settings: _Settings, dy: Tensor | None = None) -> Impl:
     """Who serves a call; a compiled graph asks when it runs.
 
-    On a GPU one kernel reads the prefix and then the sequence: attention to P + T keys, at the
-    traffic of attention to T. On a CPU torch's flash attention serves the sequence and the prefix
-    is merged in (`reference._flash_serves` says where): 16 to 21% over attention without a
-    prefix at S = 1024 and P = 20, where the concatenation takes 35 to 56%.
+    Whether one kernel reads the prefix and then the sequence, or the prefix is merged into torch's
+    own attention over the sequence, is the implementation's: `tiles.prefix_attention_plan` says it
+    of Triton's, `serves_sequence` of the reference.
     """
     q, v, prefix = operands.q, operands.v, operands.prefix_k
     batched = ["the gradients are batched"] if is_batched([dy]) else []
