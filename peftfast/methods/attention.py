@@ -129,7 +129,7 @@ def asks_interface(kind: Any) -> bool:
 
 def obstacle(core: nn.Module) -> str | None:
     """Why a prefix can't reach an attention module; None where it can."""
-    kind = type(core)
+    kind: Any = type(core)
     if not asks_interface(kind):
         return (
             f"{kind.__module__}.{kind.__qualname__} computes attention in its own forward: it does"

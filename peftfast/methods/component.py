@@ -260,7 +260,7 @@ class Component:
             options["init_std"] = self.init_std
         if self.primitive == "prompt":
             return self._make_prompt(out_features, **options)
-        shared = {
+        shared: dict[str, Any] = {
             "scaling": self.scaling,
             "learned_scaling": self.learned_scaling,
             "gate": self.gate,
@@ -269,9 +269,11 @@ class Component:
         }
         if self.primitive == "prefix":
             assert self.virtual_tokens is not None and heads is not None
+            number, size = heads
             return PrefixAttention(
                 self.virtual_tokens,
-                *heads,
+                number,
+                size,
                 in_features=in_features,
                 form=self.form,
                 hidden=self.encoder_hidden,

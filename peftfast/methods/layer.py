@@ -195,12 +195,11 @@ class AdapterHost(nn.Module, BaseTunerLayer):
                 f"a prefix's attention ran without the {type(self.base_layer).__name__} of its"
                 " query before it"
             )
-        return attention.joined(
-            [
-                attention.Prefix(*module.prefixes(), gate=gate, form=module.form, impl=module.impl)
-                for (_, module), gate in zip(acting, gates, strict=True)
-            ]
-        )
+        found = []
+        for (_, module), gate in zip(acting, gates, strict=True):
+            k, v = module.prefixes()
+            found.append(attention.Prefix(k, v, gate=gate, form=module.form, impl=module.impl))
+        return attention.joined(found)
 
     def _make_gates(self, entering: Tensor) -> None:
         self._gates = [module.gate_of(entering) for _, module in self.acting("prefix")]

@@ -64,7 +64,8 @@ def shift(module: Any, offset: Offset) -> None:
     if not isinstance(module, nn.Embedding):
         module.register_forward_pre_hook(_ShiftRotary(offset), with_kwargs=True)
     elif not isinstance(module, _Shifted):
-        module.__class__ = _shifted_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = _shifted_class(kind)
 
 
 def unshift(module: Any) -> None:
@@ -72,7 +73,8 @@ def unshift(module: Any) -> None:
     if module.__dict__.pop(_OFFSET, None) is None:
         return
     if isinstance(module, _Shifted):
-        module.__class__ = type(module)._peftfast_source
+        source: Any = type(module)._peftfast_source
+        module.__class__ = source
         return
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, _ShiftRotary):
@@ -96,7 +98,8 @@ class _ShiftRotary:
             return None
         if "position_ids" in kwargs:
             return args, {**kwargs, "position_ids": kwargs["position_ids"] + shift}
-        index = _parameters(type(module)).index("position_ids")
+        kind: Any = type(module)
+        index = _parameters(kind).index("position_ids")
         return (*args[:index], args[index] + shift, *args[index + 1 :]), kwargs
 
 
@@ -149,7 +152,7 @@ def _shifted_class(kind: type[nn.Embedding]) -> type[_Shifted]:
     return type(kind.__name__, bases, members)
 
 
-def _unpickled(kind: type[nn.Embedding]) -> nn.Embedding:
+def _unpickled(kind: Any) -> nn.Embedding:
     made = _shifted_class(kind)
     return made.__new__(made)
 
@@ -160,14 +163,17 @@ def _looks_up_by_super(kind: type[nn.Embedding]) -> bool:
 
 
 def _is_rotary(module: nn.Module) -> bool:
+    kind: Any = type(module)
     has = any(name.endswith("inv_freq") for name in module._buffers)
-    return has and "position_ids" in _parameters(type(module))
+    return has and "position_ids" in _parameters(kind)
 
 
 def _is_learned(name: str, module: nn.Module) -> bool:
     if not isinstance(module, nn.Embedding):
         return False
-    source = type(module)._peftfast_source if isinstance(module, _Shifted) else type(module)
+    source: Any = type(module)
+    if isinstance(module, _Shifted):
+        source = source._peftfast_source
     if _POSITIONS.search(name.rpartition(".")[2].lower()) is None:
         return False
     return _looks_up_by_super(source) or "past_key_values_length" in _parameters(source)
