@@ -89,8 +89,8 @@ def pretrained(steps: int) -> tuple[BertForMaskedLM, PreTrainedTokenizerFast]:
     model = BertForMaskedLM(
         BertConfig(
             vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=1, num_attention_heads=4,
-            intermediate_size=256, max_position_embeddings=24, hidden_dropout_prob=0.0, initializer_range=0.05,
-            attention_probs_dropout_prob=0.0,
+            intermediate_size=256, max_position_embeddings=24, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, initializer_range=0.05,
         )
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -21,13 +21,22 @@ from torch.nn import functional as F
 from peftfast.methods import finalize
 from peftfast.methods.prompt_configs import PromptConfig, PTuningConfig, parse_template
 from peftfast.methods.prompts import embedded
-from tests.methods.models import made
+from tests.methods.models import MODELS, inputs_of, made
 from tests.patching.tiny import VOCAB
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "cloze.py"
 WORDS = "the capital of is it was . great bad".split()
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 MASK_ID = 4
+ENCODERS = (
+    "bert", "roberta", "distilbert", "electra", "deberta", "albert", "mpnet", "modernbert"
+)  # fmt: skip
+NOT_TEXT = {
+    "whisper": "a Conv1d, not an embedding of tokens",
+    "vit": "ViTForImageClassification",
+    "dinov2": "Dinov2Model",
+    "clip": "CLIPModel",
+}
 TASKS = {"t5": "SEQ_2_SEQ_LM", "bart": "SEQ_2_SEQ_LM"}
 
 
@@ -254,20 +263,27 @@ def test_positions_go_on_through_a_prompt() -> None:
 # What models make of them
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "bert", "roberta", "electra"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_model_reads_the_rows_where_they_are(name: str) -> None:
+    if name in NOT_TEXT:
+        with pytest.raises((ValueError, NotImplementedError), match=NOT_TEXT[name]):
+            prompted(name)
+        return
     model, plain = prompted(name)
-    given = ids() if name != "roberta" else ids().clamp(min=5)
+    given = inputs_of(name)
+    tokens = given.pop("input_ids").clamp(min=5)
     rows = rows_of(model).expand(2, -1, -1)
-    real = plain.get_input_embeddings()(given)
-    at = 1 if name in ("bert", "roberta", "electra") else 0
-    want = plain(inputs_embeds=torch.cat([real[:, :at], rows, real[:, at:]], 1))[0]
-    got = model(input_ids=given)[0]
+    source = plain.get_encoder() if name in TASKS else plain
+    real = source.get_input_embeddings()(tokens)
+    at = int(name in ENCODERS)
+    want = plain(inputs_embeds=torch.cat([real[:, :at], rows, real[:, at:]], 1), **given)[0]
+    got = model(input_ids=tokens, **given)[0]
     torch.testing.assert_close(got, want)
     # As embeddings too.
-    torch.testing.assert_close(model(inputs_embeds=real)[0], want)
+    torch.testing.assert_close(model(inputs_embeds=real, **given)[0], want)
     with model.disable_adapter():
-        assert torch.equal(model(input_ids=given)[0], plain(input_ids=given)[0])
+        want = plain(input_ids=tokens, **given)[0]
+        assert torch.equal(model(input_ids=tokens, **given)[0], want)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -383,7 +399,10 @@ def test_tasks_are_mixed_in_a_batch() -> None:
 
 def peft_twin(name: str, model: Any, encoder: bool = False) -> Any:
     """PEFT's model with the same rows."""
-    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type=TASKS.get(name, "CAUSAL_LM"))
+    config = peft.PromptTuningConfig(
+        num_virtual_tokens=3, task_type=TASKS.get(name, "CAUSAL_LM"), num_layers=2, token_dim=32,
+        num_attention_heads=4,
+    )  # fmt: skip
     base = made(name)
     scale(base)
     twin = get_peft_model(base, config).eval()
