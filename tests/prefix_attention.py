@@ -56,17 +56,19 @@ class Case:
         keys = queries if keys is None else keys
         value_width = width if value_width is None else value_width
 
-        def draw(*shape: int, kind: int = 0) -> Tensor:
-            value = torch.randn(shape, device=DEVICE, dtype=torch.float64)
+        def draw(*shape: int, kind: int = 0, scale: float = 1.0) -> Tensor:
+            value = torch.randn(shape, device=DEVICE, dtype=torch.float64) * scale
             return value.to(dtypes[kind]).double()
 
         each = (prefixes,) if prefixes else ()
+        # With "relu" both summands of the output are to be of one size.
+        scale = 0.3 if form == "relu" else 1.0
         self.leaves = {
             "q": draw(batch, heads * groups, queries, width),
             "k": draw(batch, heads, keys, width),
             "v": draw(batch, heads, keys, value_width),
-            "prefix_k": draw(*each, heads, rows, width, kind=1),
-            "prefix_v": draw(*each, heads, rows, value_width, kind=1),
+            "prefix_k": draw(*each, heads, rows, width, kind=1, scale=scale),
+            "prefix_v": draw(*each, heads, rows, value_width, kind=1, scale=scale),
         }
         if sinks:
             self.leaves["sinks"] = draw(heads * groups, kind=1)
@@ -97,14 +99,12 @@ class Case:
         }
 
     def call(self, operands: dict[str, Tensor], how: str) -> Tensor:
-        """`how` is an impl, or "formula" for eager PyTorch."""
-        options = dict(self.options)
-        mask = options.get("attn_mask")
-        if mask is not None and mask.dtype != torch.bool:
-            options["attn_mask"] = mask.to(operands["q"].dtype)
+        """`how` is an impl, or "formula" for eager PyTorch, which concatenates in q's dtype."""
         if how == "formula":
-            return reference.prefix_attention(**operands, **options)
-        return prefix_attention(**operands, **options, impl=how)
+            dtype = operands["q"].dtype
+            same = {name: value.to(dtype) for name, value in operands.items()}
+            return reference.prefix_attention(**same, **self.options)
+        return prefix_attention(**operands, **self.options, impl=how)
 
     def run(self, how: str, wide: bool = False) -> dict[str, Tensor]:
         """Output and every gradient."""
@@ -147,7 +147,7 @@ def _masks(mask: str, size: tuple[int, ...], device: str) -> dict[str, Any]:
 
 def check(impl: str, *sizes: int, **options: Any) -> None:
     """Hold an implementation to the tolerance, all draws together where few numbers are summed."""
-    draws = 8 if options.get("gate") or options.get("sinks") else 2
+    draws = 16 if options.get("gate") or options.get("sinks") else 2
     ours: list[dict[str, Tensor]] = []
     eager: list[dict[str, Tensor]] = []
     truth: list[dict[str, Tensor]] = []

@@ -111,7 +111,7 @@ def prefix_attention(
         if mask is not None and mask.dtype == torch.bool:
             zeros[at] = zeros[at].masked_fill(~mask, -math.inf)
         elif mask is not None:
-            zeros[at] = zeros[at] + mask
+            zeros[at] = zeros[at] + mask.to(dtype)
     if form == "relu":
         zeros[0] = torch.zeros_like(zeros[0])
     scores = (scores + torch.cat(zeros, dim=-1)).masked_fill(~both, -math.inf)
@@ -489,7 +489,7 @@ class _Call(NamedTuple):
         mask = mask.unflatten(1, (groups, -1))
         if mask.dtype == torch.bool:
             return scores.masked_fill(~mask, -math.inf)
-        return scores + mask
+        return scores + mask.to(scores.dtype)
 
 
 def _hidden(call: _Call, start: int, stop: int) -> Tensor | None:
