@@ -21,6 +21,7 @@ from peftfast.methods.configs import (
     UnifiedConfig,
 )
 from peftfast.methods.layer import AdapterHost
+from peftfast.methods.peft_checkpoints import load_from_peft, save_as_peft
 from peftfast.methods.placement import BlockRef, Placement, place
 from peftfast.methods.prefix_configs import (
     MAMConfig,
@@ -66,9 +67,11 @@ __all__ = [
     "find_blocks",
     "find_norms",
     "hosts",
+    "load_from_peft",
     "method_names",
     "muted",
     "place",
     "register_method",
     "registrations",
+    "save_as_peft",
 ]
