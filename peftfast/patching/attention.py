@@ -58,7 +58,8 @@ class Attention(Part):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        if not asks_interface(type(module)) or not hasattr(module, "config"):
+        kind: Any = type(module)
+        if not asks_interface(kind) or not hasattr(module, "config"):
             return False
         # One with a prefix asks for the prefix's attention, which keeps as little.
         return source_of(module) is None or state_of(module) is not None

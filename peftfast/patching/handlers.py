@@ -60,6 +60,8 @@ class Handler(Protocol):
 
     def prepare(self, module: Any) -> None: ...
 
+    def whole(self, modules: list[Any]) -> str: ...
+
     def require(self, impl: str, modules: Iterable[Any]) -> None: ...
 
     def rewire(self, module: Any) -> None: ...
@@ -76,6 +78,10 @@ class ClassSwap:
     recomputes = False
     source: type[nn.Module]
     fused: type[nn.Module]
+
+    def whole(self, modules: list[Any]) -> str:
+        """Why these of its modules can't be fused without others; "" where they can."""
+        return ""
 
     def rewire(self, module: Any) -> None:
         module.__class__ = self.fused
@@ -98,6 +104,7 @@ class ClassSwap:
 # imported that package there are no such layers, and it is not imported for their sake.
 _FILES = (
     ("bottleneck_adapter", "peftfast.nn.bottleneck"),
+    ("prefix_adapter", "peftfast.nn.prefix_attention"),
     ("peft_lora", "peft"),
     ("peft_lora_4bit", "bitsandbytes"),
     ("bnb_linear4bit", "bitsandbytes"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,9 @@ from peftfast.patching.parts import Part, part_of
 from peftfast.patching.siblings import Siblings
 from peftfast.patching.state import KEY, LeftAlone, State
 from peftfast.patching.survey import Candidate, claimed_children, require_module, survey
+
+if TYPE_CHECKING:
+    from peftfast.patching.peft_prefix import PeftPrefix
 
 POLICIES = ("recompute", "keep", "compress", "offload")
 
@@ -32,10 +35,10 @@ def patch(
     memory: str = "recompute",
 ) -> Model:
     """Rewire the PEFT layers, 4-bit linears and bottleneck adapters of `model` onto the fused ops,
-    in place.
+    in place; PEFT's Prefix-Tuning and CARTRIDGE too.
 
-    And, where LoRA layers or bottlenecks are fused, the norms, gated MLPs, activations, dropouts
-    and attention modules around them, so that the step keeps little for its backward.
+    And, where LoRA layers, prefixes or bottlenecks are fused, the norms, gated MLPs, activations,
+    dropouts and attention modules around them, so that the step keeps little for its backward.
 
     Only instances are changed: of each recognised module the class, to a subclass (of an attention
     module the config, to one that shares everything with its own), and one attribute. Parameters,
@@ -101,6 +104,9 @@ def patch(
         _look_at(candidate, impl, memory, verify, choice)
     claimed = claimed_children(open_to, choice.plans)
     chosen = [c for c in open_to if c.path not in choice.left and c.path not in claimed]
+    for candidate, reason in _incomplete(chosen):
+        chosen.remove(candidate)
+        choice.leave(candidate, reason)
     if not any(candidate.is_method for candidate in chosen):
         for candidate in [c for c in chosen if c.is_part]:
             chosen.remove(candidate)
@@ -157,9 +163,29 @@ def restore(module: nn.Module) -> None:
     record = module.__dict__.pop(KEY, None)
     if not isinstance(record, State):
         return
-    handler = part_of(module) or handler_of(module)
+    handler = _core_handler(module) or part_of(module) or handler_of(module)
     assert handler is not None
     handler.restore(module)
+
+
+def _core_handler(module: nn.Module) -> PeftPrefix | None:
+    from peftfast.patching.peft_prefix import handler_of_core  # imports transformers
+
+    return handler_of_core(module)
+
+
+def _incomplete(chosen: list[Candidate]) -> list[tuple[Candidate, str]]:
+    """What a handler can't fuse without others that were not chosen, with the reason."""
+    kinds: dict[int, list[Candidate]] = {}
+    for candidate in chosen:
+        kinds.setdefault(id(candidate.handler), []).append(candidate)
+    found = []
+    for alike in kinds.values():
+        handler = alike[0].handler
+        assert handler is not None
+        if reason := handler.whole([candidate.module for candidate in alike]):
+            found += [(candidate, reason) for candidate in alike]
+    return found
 
 
 class _Choice:
@@ -202,10 +228,9 @@ def _look_at(candidate: Candidate, impl: str, memory: str, verify: bool, choice:
 
 def _tensor_of_first_layer(chosen: list[Candidate]) -> Tensor | None:
     """A tensor on the device, and of the dtype, that the model computes on and in."""
-    layer = next((candidate.module for candidate in chosen if candidate.is_method), None)
-    if layer is None:
-        return None
-    return next(p for p in layer.parameters() if p.dtype.is_floating_point)
+    layers = (candidate.module for candidate in chosen if candidate.is_method)
+    parameters = (p for layer in layers for p in layer.parameters())
+    return next((p for p in parameters if p.dtype.is_floating_point), None)
 
 
 def _impl_of(candidate: Candidate, impl: str, tensor: Tensor | None) -> str:

@@ -1,7 +1,8 @@
 """Finding every candidate, each with why it can't be fused, if it can't.
 
-Candidates are layers: PEFT's tuner layers, bitsandbytes' linears that no tuner layer is on, the
-project's own adapters and trained bottlenecks of other code. And where a layer of a method is among
+Candidates are layers: PEFT's tuner layers, attention modules that read a prefix of PEFT's,
+bitsandbytes' linears that no tuner layer is on, the project's own adapters and trained bottlenecks
+of other code. And where a layer of a method is among
 them that can be fused, or is, the parts around: norms, gated MLPs, activations, dropouts and
 attention.
 """
@@ -10,13 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from peftfast.patching.handlers import Handler, handler_of, handlers
 from peftfast.patching.parts import Part, part_of, source_of
 from peftfast.patching.state import State, state_of
+
+if TYPE_CHECKING:
+    from peftfast.patching.peft_prefix import PeftPrefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +88,12 @@ def survey(model: nn.Module) -> list[Candidate]:
     inside |= {id(inner) for _, m in modules if isinstance(m, adapters) for inner in m.modules()}
     found: list[Candidate] = []
     parts: list[Candidate] = []
+    prefixed, shifted = _prefixed(modules)
+    inside |= shifted
     for path, module in modules:
-        if isinstance(module, adapters) or (
+        if id(module) in prefixed:
+            found.append(prefixed[id(module)])
+        elif isinstance(module, adapters) or (
             isinstance(module, BaseTunerLayer) and not isinstance(module, hosts)
         ):
             found.append(_candidate(path, module, id(module) in merged_by_parent))
@@ -118,7 +126,26 @@ def _inside(layer: Any) -> list[nn.Module]:
     return [module for module in layer.modules() if id(module) not in kept]
 
 
-def _part(path: str, module: Any, handler: Part) -> Candidate:
+def _prefixed(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, Candidate], set[int]]:
+    """What reads PEFT's prefixes: attention modules, or the PeftModel where they can't be told; and
+    the embeddings of positions, which are theirs.
+    """
+    from peftfast.patching.peft_prefix import PeftPrefix, prefix_models
+
+    found: dict[int, Candidate] = {}
+    shifted: set[int] = set()
+    for path, model in prefix_models(modules).items():
+        handler = PeftPrefix(model)
+        shifted |= {id(module) for module in handler.shifted}
+        if handler.reason:
+            found[id(model)] = Candidate(path, model, None, unsupported=(handler.reason,))
+        for name, (core, _) in handler.cores.items():
+            whole = f"{path}.{name}" if path else name
+            found[id(core)] = _part(whole, core, handler)
+    return found, shifted
+
+
+def _part(path: str, module: Any, handler: Part | PeftPrefix) -> Candidate:
     if state_of(module) is not None:
         return Candidate(path, module, handler)
     if unsupported := handler.unsupported(module):
@@ -129,10 +156,11 @@ def _part(path: str, module: Any, handler: Part) -> Candidate:
 def _own_types() -> tuple[tuple[type[nn.Module], ...], tuple[type[nn.Module], ...]]:
     """The tuner layers of `peftfast.methods`, whose adapters are found beside them, and those."""
     methods: Any = sys.modules.get("peftfast.methods.layer")
-    adapters: Any = sys.modules.get("peftfast.nn.bottleneck")
+    names = {"bottleneck": "BottleneckAdapter", "prefix_attention": "PrefixAttention"}
+    files = {name: sys.modules.get(f"peftfast.nn.{name}") for name in names}
     return (
         () if methods is None else (methods.AdapterHost,),
-        () if adapters is None else (adapters.BottleneckAdapter,),
+        tuple(getattr(files[n], kind) for n, kind in names.items() if files[n] is not None),
     )
 
 
