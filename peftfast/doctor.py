@@ -110,7 +110,7 @@ def diagnose() -> Diagnosis:
         devices=_devices(),
         libraries=[_library("cpu"), _library("cuda")],
         implementations=implementations,
-        registrations={"peft": _registered(), "transformers": []},
+        registrations={"peft": _registered(), "transformers": _attentions()},
         environment={name: os.environ.get(name) for name in SETTINGS},
         wrong_settings=wrong_settings,
     )
@@ -120,6 +120,15 @@ def _registered() -> list[str]:
     """What `peftfast.methods` has added to PEFT in this process, where it has been imported."""
     registration = sys.modules.get("peftfast.methods.registration")
     return registration.registrations() if registration is not None else []
+
+
+def _attentions() -> list[str]:
+    """The attention functions that have been added to transformers in this process."""
+    found = []
+    for module in ("peftfast.methods.attention", "peftfast.patching.attention"):
+        if (loaded := sys.modules.get(module)) is not None:
+            found.append(f"AttentionInterface {loaded.NAME!r}")
+    return found
 
 
 def _found(variable: str, names: tuple[str, ...]) -> str | None:

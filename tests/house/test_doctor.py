@@ -29,7 +29,11 @@ def rendered(diagnosis: doctor.Diagnosis) -> str:
 
 def test_registrations_are_said_where_there_are_some() -> None:
     """In processes of their own: here, other tests have imported what registers."""
-    for line, expected in (("", "[]"), ("import peftfast.methods; ", "PeftType.PEFTFAST")):
+    for line, expected in (
+        ("", "{'peft': [], 'transformers': []}"),
+        ("import peftfast.methods; ", "PeftType.PEFTFAST"),
+        ("import peftfast.methods; ", "AttentionInterface 'peftfast_prefix'"),
+    ):
         program = f"{line}from peftfast import doctor; print(doctor.diagnose().registrations)"
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -42,7 +46,9 @@ def test_json_says_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> No
     found = json.loads(capsys.readouterr().out)
     assert found["peftfast"] == peftfast.__version__
     assert found["implementations"] == availability()
-    assert found["registrations"] == {"peft": doctor._registered(), "transformers": []}
+    assert found["registrations"] == {
+        "peft": doctor._registered(), "transformers": doctor._attentions()
+    }  # fmt: skip
     assert found["problems"] == []
     assert found["torch_cuda"] == torch.version.cuda
     versions = {package["name"]: package["version"] for package in found["packages"]}
