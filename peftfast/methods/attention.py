@@ -259,6 +259,10 @@ def attend(
         key, value = key[:, :, :queries], value[:, :, :queries]
     if position_bias is not None:
         mask, causal = _biased(module, position_bias, mask, causal, query), False
+    window = sliding_window if is_causal else None
+    seen = None
+    if window is not None and mask is not None and mask.ndim == 4 and keys != queries:
+        seen, window = _within(window, mask, prefix.k.shape[-2]), None  # the mask has its part
     y = prefix_attention(
         query,
         key,
@@ -266,9 +270,10 @@ def attend(
         prefix.k,
         prefix.v,
         attn_mask=mask,
+        prefix_mask=seen,
         is_causal=causal,
         scale=scaling,
-        window=sliding_window if is_causal else None,
+        window=window,
         softcap=softcap,
         sinks=s_aux,
         prefix_index=prefix.index,
@@ -279,6 +284,15 @@ def attend(
         impl=prefix.impl,
     )
     return y.transpose(1, 2).contiguous(), None
+
+
+def _within(window: int, mask: Tensor, rows: int) -> Tensor:
+    """Which rows of a prefix a sliding window shows, [B, H, S, P]: a query is where the last key is
+    that its mask shows. (The last of all keys may be a place that a static cache keeps free.)
+    """
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    last = shown.shape[-1] - 1 - shown.flip(-1).int().argmax(-1, keepdim=True)
+    return last + rows - torch.arange(rows, device=mask.device) < window
 
 
 def _biased(module: Any, bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor) -> Tensor:

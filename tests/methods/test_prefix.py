@@ -305,6 +305,34 @@ def test_eager_attention_gives_the_same() -> None:
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prefix_slides_out_of_a_window_with_every_cache(padded: bool) -> None:
+    base = made("gemma3")
+    assert base.config.layer_types.count("sliding_attention") > 0
+    base.config.sliding_window = 8
+    for module in base.modules():
+        if getattr(module, "sliding_window", None) is not None:
+            module.sliding_window = 8
+    base.config.eos_token_id = base.generation_config.eos_token_id = None
+    model = peft.get_peft_model(base, PrefixConfig(num_virtual_tokens=P)).eval()
+    mask = torch.ones_like(tokens())
+    mask[0, : 3 * padded] = 0
+    found = {}
+    for cache in ("dynamic", "static"):
+        made_of = model.generate(
+            input_ids=tokens(), attention_mask=mask, max_new_tokens=8, do_sample=False,
+            cache_implementation=cache, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        found[cache] = torch.stack(made_of.logits)
+    torch.testing.assert_close(found["static"], found["dynamic"])
+    with torch.no_grad():
+        whole = made_of.sequences
+        mask = torch.cat([mask, torch.ones(2, 8, dtype=mask.dtype)], dim=1)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        all_at_once = model(input_ids=whole, attention_mask=mask, position_ids=places).logits
+    torch.testing.assert_close(found["dynamic"].transpose(0, 1), all_at_once[:, -9:-1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
