@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftfast.methods import positions
 from peftfast.methods.prompt_inputs import (
     SLOT,
     TASKS,
@@ -42,9 +43,10 @@ _COMMON = 5000  # the tokens of a vocabulary that are sampled from (Lester et al
 class Prompts:
     """The prompts of a model, which a host has."""
 
-    def __init__(self, host: Any, encodes: bool) -> None:
+    def __init__(self, host: Any, encodes: bool, limit: int | None) -> None:
         self._host = (host,)  # in a tuple, so that it is no submodule
         self.encodes = encodes
+        self.limit = limit  # how many columns the model has positions for
 
     def modules(self) -> list[Any]:
         """Those that act now."""
@@ -111,7 +113,7 @@ def attach(model: Any, host: Any) -> None:
                 f"prompts can't be put into the input of {type(module).__name__}: its forward is"
                 " replaced on the instance; attach them before what replaces it"
             )
-    state = Prompts(host, _encodes(model))
+    state = Prompts(host, _encodes(model), _limit(model))
     _start(host, embeddings[0])
     kind: Any = type(model)
     _swap(model, _model_class(kind), state)
@@ -201,6 +203,8 @@ class _Prompted(nn.Module):
             if held and real is None:
                 real = held - sum(one.added for one in state.acting(0))
             inputs = _longer(self, inputs, tasks, real, inserted=held > 0)
+            if not held:
+                _check_length(state, inputs)
         return source(self, **inputs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -377,6 +381,32 @@ def _embeddings(model: Any) -> list[Any]:
 
 def _size(model: Any) -> int:
     return _rows_of(_embeddings(model)[0])
+
+
+def _limit(model: Any) -> int | None:
+    """How many columns a model has learned positions for; None: any number, or it depends on the
+    padding.
+    """
+    root = model.get_encoder() if model.config.is_encoder_decoder else model
+    found = [root.get_submodule(name) for name in positions.find(root, "")]
+    counts = [
+        one.num_embeddings - getattr(one, "offset", 0)
+        for one in found
+        if isinstance(one, nn.Embedding) and one.padding_idx is None
+    ]
+    return min(counts, default=None)
+
+
+def _check_length(state: Prompts, inputs: dict[str, Any]) -> None:
+    values = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
+    columns = next(value.shape[1] for value in values if value is not None)
+    if state.limit is None or inputs.get("position_ids") is not None or columns <= state.limit:
+        return
+    added = sum(one.added for one in state.acting(0))
+    raise ValueError(
+        f"{columns - added} tokens and {added} of the prompt are more than the {state.limit}"
+        f" positions that the model has: cut inputs off at {state.limit - added}"
+    )
 
 
 def _rows_of(embedding: Any) -> int:

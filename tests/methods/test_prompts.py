@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftfast.methods import finalize
+import peftfast
+from peftfast.methods import Component, UnifiedConfig, finalize
 from peftfast.methods.prompt_configs import PromptConfig, PTuningConfig, parse_template
 from peftfast.methods.prompts import embedded
 from tests.methods.models import MODELS, inputs_of, made
@@ -595,6 +596,11 @@ def test_what_prompts_can_not_be_put_into_is_named() -> None:
         model(input_ids=ids(), attention_mask=torch.ones(2, 1, 5, 5))
     with pytest.raises(ValueError, match="attention_mask has 4 columns; the input has 5"):
         model(input_ids=ids(), attention_mask=torch.ones(2, 4))
+    for name, room in (("bert", 32), ("gpt2", 32)):
+        short, _ = prompted(name)
+        assert short(input_ids=ids(1, room - 3))[0].isfinite().all()
+        with pytest.raises(ValueError, match=f"{room - 2} tokens and 3 .* off at {room - 3}$"):
+            short(input_ids=ids(1, room - 2))
     with pytest.raises(ValueError, match="no prompts act on the model"):
         embedded(made("llama"), input_ids=ids())
     with pytest.raises(ValueError, match="ViTForImageClassification"):
@@ -618,6 +624,84 @@ def test_a_training_step_compiles_whole() -> None:
     got.backward()
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(trained.grad, wanted)
+
+
+def test_generation_goes_on_from_a_cache() -> None:
+    base = made("llama")
+    scale(base)
+    model, _ = prompted(base)
+    left, mask = padded(ids(), [5, 3], "left")
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    first = model.generate(
+        input_ids=left, attention_mask=mask, return_dict_in_generate=True, **options
+    )
+    longer = torch.cat([first.sequences, ids(2, 3, seed=1)], 1)
+    mask = F.pad(mask, (0, 7), value=1)
+    given = {"input_ids": longer, "attention_mask": mask, **options}
+    want = model.generate(**given)
+    assert torch.equal(model.generate(**given, past_key_values=first.past_key_values), want)
+
+
+def test_the_patched_model_has_the_same_prompts() -> None:
+    components = [
+        Component("embedding", primitive="prompt", virtual_tokens=3, encoder="lstm", init="normal"),
+        Component("ffn_output", bottleneck=4, init="near_identity"),
+    ]
+    model = get_peft_model(made("llama"), UnifiedConfig(components=components)).train()
+    given, mask = padded(ids(), [5, 3], "right")
+    inputs = {"input_ids": given, "attention_mask": mask, "labels": given}
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return [loss.detach(), *(one.grad for one in model.parameters() if one.requires_grad)]
+
+    want = step()
+    peftfast.patch(model)
+    assert {one.op for one in peftfast.report(model).fused} >= {"bottleneck", "sdpa"}
+    torch.testing.assert_close(step(), want)
+    model.add_adapter("other", PromptConfig(num_virtual_tokens=2))
+    model.set_adapter("other")
+    assert model(input_ids=given).logits.shape[1] == 7
+    model.set_adapter("default")
+    peftfast.unpatch(model)
+    torch.testing.assert_close(step(), want, rtol=0, atol=0)
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Questions, and the label of a template's [MASK]."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = ids(1, 4, seed=index)[0]
+        return {"input_ids": row, "prompt_tasks": index % 2, "labels": int(row[1])}
+
+
+def test_trainer_resumes_where_it_was(tmp_path: Path) -> None:
+    def train(resume: str | None) -> Any:
+        hf.set_seed(0)
+        base = hf.BertForMaskedLM(made("bert").config)
+        config = PTuningConfig(template="[P]*2 {x} [P] [MASK]", tokenizer=tokenizer(), tasks=2)
+        model = get_peft_model(base, config)
+        arguments = hf.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, save_steps=2, per_device_train_batch_size=4,
+            learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True,
+            label_names=["labels"],
+        )  # fmt: skip
+        trainer = hf.Trainer(model, arguments, train_dataset=Rows())
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = train(None)
+    want = {name: one.detach() for name, one in whole.named_parameters() if one.requires_grad}
+    again = train(str(tmp_path / "checkpoint-2"))
+    assert len(want) == 21
+    for name, one in again.named_parameters():
+        if one.requires_grad:
+            assert torch.equal(one, want[name]), name
 
 
 @pytest.fixture(scope="module")
