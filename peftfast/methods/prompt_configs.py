@@ -25,6 +25,9 @@ _REPEATED = re.compile(r"(\[\w+\])\*(\d+)")
 class PromptMethodConfig(MethodConfig):
     """What the methods with prompts have in common; not a method itself.
 
+    The model's outputs are as long as its input with the prompt, as with PEFT; labels of tokens are
+    moved to their tokens, and `peftfast.methods.embedded` says where these are.
+
     Args:
         num_virtual_tokens: P; None: as many as the template has, or 20.
         template: what the model reads: "[P]" for a virtual token, "[P]*3" for three, "{x}" for the

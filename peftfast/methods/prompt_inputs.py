@@ -235,12 +235,11 @@ def _first(
             found[name] = layout.near(inputs[name])
     if inputs.get("position_ids") is not None:
         found["position_ids"] = layout.put_positions(inputs["position_ids"])
-    if inputs.get("cache_position") is not None:
-        start = inputs["cache_position"][:1]
-        found["cache_position"] = start + torch.arange(columns + prompt.added, device=first.device)
     if not model.config.is_encoder_decoder:
         if inputs.get("labels") is not None:
             found["labels"] = _labels(model, layout, inputs["labels"], (rows, columns))
+        if inputs.get("shift_labels") is not None:
+            found["shift_labels"] = layout.put(inputs["shift_labels"], IGNORED)
         for name in ("start_positions", "end_positions"):
             if inputs.get(name) is not None:
                 found[name] = layout.where(inputs[name])
@@ -255,9 +254,8 @@ def _later(prompt: Prompt, inputs: dict[str, Any], real: int | None) -> dict[str
         begun = mask.shape[1] if real is None else min(real, mask.shape[1])
         layout = Layout(prompt, mask[:, :begun], mask.shape[0], begun, mask.device, None)
         found["attention_mask"] = torch.cat([layout.put(mask[:, :begun], 1), mask[:, begun:]], 1)
-    for name in ("position_ids", "cache_position"):
-        if inputs.get(name) is not None:
-            found[name] = inputs[name] + prompt.added
+    if inputs.get("position_ids") is not None:
+        found["position_ids"] = inputs["position_ids"] + prompt.added
     return found
 
 

@@ -222,7 +222,8 @@ class _PromptedGenerator(_Prompted):
         if not state.modules() or not isinstance(first, Tensor):
             return source(self, *args, **kwargs)
         if not self.config.is_encoder_decoder:
-            kwargs.setdefault(_LENGTH, first.shape[1])
+            if any(one.tail for one in state.acting(0)):  # which what is generated comes after
+                kwargs.setdefault(_LENGTH, first.shape[1])
             return source(self, *args, **kwargs)
         tasks = take_tasks(kwargs)
         if kwargs.get("encoder_outputs") is None:

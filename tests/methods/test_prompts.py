@@ -642,6 +642,17 @@ def test_generation_goes_on_from_a_cache() -> None:
     assert torch.equal(model.generate(**given, past_key_values=first.past_key_values), want)
 
 
+def test_tokens_are_guessed_ahead_and_prefilled_in_chunks() -> None:
+    base = made("llama")
+    scale(base)
+    model, _ = prompted(base)
+    given = ids(1, 8)
+    want = generated(model, given, max_new_tokens=8)
+    ways = ({"prompt_lookup_num_tokens": 2}, {"assistant_model": made("llama")})
+    for way in (*ways, {"prefill_chunk_size": 3}):
+        assert torch.equal(generated(model, given, max_new_tokens=8, **way), want)
+
+
 def test_the_patched_model_has_the_same_prompts() -> None:
     components = [
         Component("embedding", primitive="prompt", virtual_tokens=3, encoder="lstm", init="normal"),
