@@ -160,11 +160,12 @@ def unpatch(model: Model) -> Model:
 
 def restore(module: nn.Module) -> None:
     """Undo what `patch` did to this one module, if anything."""
-    record = module.__dict__.pop(KEY, None)
-    if not isinstance(record, State):
+    if not isinstance(module.__dict__.get(KEY), State):
+        module.__dict__.pop(KEY, None)
         return
     handler = _core_handler(module) or part_of(module) or handler_of(module)
     assert handler is not None
+    del module.__dict__[KEY]
     handler.restore(module)
 
 

@@ -263,6 +263,37 @@ def test_attention_that_can_t_be_reached_is_named() -> None:
         peftfast.patch(model, strict=True)
 
 
+def test_a_decoder_s_self_attention_has_what_peft_gives_it() -> None:
+    """Of BART PEFT's prefix reaches that alone, by parts of an order of its own."""
+    torch.manual_seed(0)
+    config = hf.BartConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=3, decoder_layers=3, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0,
+        max_position_embeddings=40, pad_token_id=0, decoder_start_token_id=2, eos_token_id=2,
+        bos_token_id=1, forced_eos_token_id=2,
+    )  # fmt: skip
+    prefix = PrefixTuningConfig(num_virtual_tokens=TOKENS, task_type="SEQ_2_SEQ_LM")
+    theirs = get_peft_model(hf.BartForConditionalGeneration(config), prefix).eval()
+    ours = peftfast.patch(copy_of(theirs))
+    assert len(rows(ours)) == 3 and all("decoder" in row.path for row in rows(ours))
+    inputs = padded()
+    step_is_as_good(ours, theirs, inputs)
+    del inputs["labels"]
+    given = {**inputs, "max_new_tokens": 7, "num_beams": 2}
+    assert torch.equal(ours.generate(**given), theirs.generate(**given))
+
+
+def test_tokens_are_classified_where_they_are() -> None:
+    config = FAMILIES["bert"].make().config
+    prefix = PrefixTuningConfig(num_virtual_tokens=TOKENS, task_type="TOKEN_CLS")
+    torch.manual_seed(0)
+    theirs = get_peft_model(hf.BertForTokenClassification(config), prefix).eval()
+    ours = peftfast.patch(copy_of(theirs), strict=True)
+    inputs = padded(side="right")
+    inputs["labels"] %= 3
+    step_is_as_good(ours, theirs, inputs)
+
+
 def test_one_left_alone_leaves_all() -> None:
     model = prefixed()
     with pytest.warns(UserWarning, match="nothing was fused"):
@@ -274,7 +305,7 @@ def test_one_left_alone_leaves_all() -> None:
     assert len(rows(model)) == 2
 
 
-def test_probabilities_are_peft_s_matter() -> None:
+def test_probabilities_come_from_peft_s_forward() -> None:
     torch.manual_seed(0)
     base = FAMILIES["llama"].make()
     base.set_attn_implementation("eager")
