@@ -26,7 +26,7 @@ from peftfast.methods import (
 )
 from tests.methods.models import MODELS, inputs_of, made
 from tests.methods.test_families import on_meta, size, trainable
-from tests.patching.tiny import VOCAB
+from tests.patching.tiny import VOCAB, decoder
 
 P = 3
 REFUSED = {
@@ -57,6 +57,8 @@ def concatenated(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     prefix_k, prefix_v = module.__dict__[_HELD]
@@ -77,8 +79,12 @@ def concatenated(
         for prefix, held in ((prefix_k, key), (prefix_v, value))
     ]
     scores = query @ both[0].mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores + torch.cat((own.expand(rows, heads, -1, -1), bias), -1)
-    return (scores.softmax(-1) @ both[1]).transpose(1, 2).contiguous(), None
+    sinks = query.new_full((heads,), float("-inf")) if s_aux is None else s_aux
+    scores = torch.cat((scores, sinks[:, None, None].expand(rows, -1, queries, 1)), -1)
+    return (scores.softmax(-1)[..., :-1] @ both[1]).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ORACLE, concatenated)
@@ -181,6 +187,47 @@ def test_every_family_attends_to_the_concatenation(family: str) -> None:
         if family == "whisper":
             name = "decoder_attention_mask"
         compared(model, oracle, {**inputs, name: mask})
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_soft_capping_and_sinks(family: str) -> None:
+    settings: dict[str, Any] = dict(head_dim=8, sliding_window=6)
+    if family == "gemma2":
+        settings.update(query_pre_attn_scalar=8, attn_logit_softcapping=1.5)
+        base = decoder("Gemma2ForCausalLM", "Gemma2Config", **settings)()
+    else:
+        settings.update(num_local_experts=4, num_experts_per_tok=2)
+        base = decoder("GptOssForCausalLM", "GptOssConfig", **settings)()
+        base.set_experts_implementation("eager")
+    config = PrefixConfig(num_virtual_tokens=P, shift_positions=False)
+    model = peft.get_peft_model(base, config).double().eval()
+    oracle = oracle_of(model)
+    ids = torch.randint(3, VOCAB, (2, 9))
+    compared(model, oracle, {"input_ids": ids})
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        found, expected = (one(input_ids=ids, attention_mask=mask) for one in (model, oracle))
+    real = mask.bool()  # the others may see nothing at all
+    torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bert", "bart"])
+def test_masks_as_for_flash_attention(family: str) -> None:
+    """Of two dimensions, with causality said apart; a row may be all padding."""
+    model = prefixed(family)
+    inputs = inputs_of(family, columns=7)
+    masks = masks_of(family, inputs)
+    masks["a row"] = masks["right"] * torch.tensor([[1], [0]])
+    with torch.no_grad():
+        expected = {k: model(**inputs, attention_mask=mask).logits for k, mask in masks.items()}
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_attn_implementation"):
+                module.config._attn_implementation = "flash_attention_2"
+        for name, mask in masks.items():
+            found = model(**inputs, attention_mask=mask).logits
+            assert found.isfinite().all()
+            torch.testing.assert_close(found, expected[name], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", REFUSED)
