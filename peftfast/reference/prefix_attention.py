@@ -24,6 +24,7 @@ He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning" (IC
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from peftfast.reference.dropout import keep_mask, keep_scale
 FORMS = ("softmax", "relu")
 # The order of `needs` and of the gradients of `prefix_attention_backward`.
 GRADIENTS = ("q", "k", "v", "prefix_k", "prefix_v", "sinks", "gate")
-_BLOCK = 1 << 20  # scores, or numbers of a query or an output, in a block
+_BLOCK = 1 << 19  # scores, or numbers of a query or an output, in a block
 
 
 def prefix_attention(
@@ -176,6 +177,9 @@ def prefix_attention_forward(
     flash = _flash(call) if serves_sequence(call) else None
     if flash is not None and flash[0].stride() == y.stride():
         y = flash[0]
+    if flash is not None and call.is_plain:
+        _merge(call, *flash, y, lse)
+        return y, lse
     for block in call.blocks(flash is None):
         read = call.queries(block, q)
         parts: list[tuple[_Part, Tensor]] = []
@@ -267,6 +271,9 @@ def prefix_attention_backward(
     made["prefix_v"] = prefix_v.new_zeros(prefix_v.shape, dtype=call.wide)
     made["sinks"] = q.new_zeros(q.shape[1], dtype=call.wide)
     made["gate"] = q.new_zeros(q.shape[0], dtype=call.wide)
+    if flash and call.is_plain:
+        _merge_backward(call, dy, y, lse, made, asked)
+        return [made[name] for name, need in asked.items() if need]
     for block in call.blocks(not flash):
         read, of_y = call.queries(block, q), call.queries(block, dy)
         total = call.block_of(block, lse)
@@ -362,6 +369,12 @@ class _Call(NamedTuple):
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.q.dtype, torch.float32)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every query sees the same prefix, all of it, as it is."""
+        special = (self.prefix_mask, self.window, self.prefix_index, self.prefix_lengths, self.gate)
+        return self.form == "softmax" and all(one is None for one in special)
+
     def blocks(self, with_sequence: bool) -> Iterator[_Block]:
         batch, heads, queries, width = self.q.shape
         columns = max(width, self.v.shape[-1], self.prefix_k.shape[2])
@@ -401,13 +414,16 @@ class _Call(NamedTuple):
         count = rows + self.k.shape[2]
         columns = slice(0, rows) if part.is_prefix else slice(rows, count)
         size = block.query.stop - block.row
-        masks = []
-        for sample in range(block.first, block.batch.stop):
-            for head in range(heads):
-                at = (sample * heads + head) * queries + block.row
-                kept = keep_mask(self.seed, size, count, self.dropout_p, first=at)
-                masks.append(kept[:, columns])
-        return x * torch.stack(masks).view(x.shape) * keep_scale(self.dropout_p)
+        if size == queries:  # all rows of some samples
+            spans = [(block.first * heads * queries, x.shape[0] * heads * queries)]
+        else:
+            pairs = itertools.product(range(block.first, block.batch.stop), range(heads))
+            spans = [((row * heads + head) * queries + block.row, size) for row, head in pairs]
+        masks = [
+            keep_mask(self.seed, span, count, self.dropout_p, first=first)[:, columns]
+            for first, span in spans
+        ]
+        return x * torch.cat(masks).view(x.shape) * keep_scale(self.dropout_p)
 
     def sequence(self, block: _Block, read: Tensor, backward: bool = False) -> tuple[_Part, Tensor]:
         """The sequence's part, and its scores with every mask."""
@@ -568,7 +584,7 @@ def serves_sequence(call: _Call) -> bool:
 
 def _flash_operands(call: _Call) -> tuple[list[Tensor], bool, Tensor | None]:
     """q, k and v, whether a triangle is the mask, and the mask otherwise."""
-    tensors = [one if one.stride(-1) == 1 else one.contiguous() for one in (call.q, call.k, call.v)]
+    tensors = [_dense(one) for one in (call.q, call.k, call.v)]
     queries, keys = call.q.shape[2], call.k.shape[2]
     mask = call.attn_mask
     # The kernel aligns at the upper left, and one query is the last in time.
@@ -602,6 +618,82 @@ def _flash(call: _Call) -> tuple[Tensor, Tensor]:
 def _flash_backward(call: _Call, dy: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     (q, k, v), triangle, mask = _flash_operands(call)
     grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dy, q, k, v, y, lse, 0.0, triangle, attn_mask=mask, scale=call.scale
+        _dense(dy), q, k, v, y, lse, 0.0, triangle, attn_mask=mask, scale=call.scale
     )
     return grads
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with its last dimension as the kernel reads it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# A plain prefix by the same kernel, with the queries of all samples of a block as one sample's: so
+# the gradients of its keys and values come summed over the batch.
+
+
+def _as_one(block: _Block, x: Tensor, wide: torch.dtype) -> Tensor:
+    """The block of x [B, Hq, S, n], or [B, Hq, S], as [1, Hq, nb ns, n]; often a view."""
+    flat = x[block.batch, :, block.query].to(wide).transpose(1, 2).flatten(0, 1)
+    flat = flat.unsqueeze(0).transpose(1, 2)
+    return _dense(flat) if flat.ndim == 4 else flat
+
+
+def _as_many(block: _Block, x: Tensor, samples: int) -> Tensor:
+    """The inverse of `_as_one`."""
+    return x.squeeze(0).unflatten(1, (samples, -1)).transpose(0, 1)
+
+
+def _merge(call: _Call, of_sequence: Tensor, its_lse: Tensor, y: Tensor, lse: Tensor) -> None:
+    """Write the output and log-sum-exp of both parts; y may be `of_sequence` itself."""
+    keys, values = (_dense(one.to(call.wide)) for one in (call.prefix_k, call.prefix_v))
+    for block in call.blocks(False):
+        read = _as_one(block, call.q, call.wide)
+        out, own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            read, keys, values, scale=call.scale
+        )
+        at = (block.batch, slice(None), block.query)
+        samples = its_lse[at].shape[0]
+        out, own = _as_many(block, out, samples), _as_many(block, own, samples)
+        before = its_lse[at].to(call.wide)
+        share = torch.sigmoid(own - before).unsqueeze(-1)
+        total = torch.logaddexp(before, own)
+        made = of_sequence[at].to(call.wide)  # in float32 itself, to be changed in place
+        made.lerp_(out, share)
+        if call.of_sinks is not None:
+            both, sinks = total, call.of_sinks.to(call.wide).view(-1, 1)
+            total = torch.logaddexp(both, sinks)
+            made.mul_(torch.exp(both - total).unsqueeze(-1))
+        if y is not of_sequence or y.dtype != call.wide:
+            y[at] = made
+        lse[at] = total
+
+
+def _merge_backward(
+    call: _Call,
+    dy: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    made: dict[str, Tensor],
+    asked: dict[str, bool],
+) -> None:
+    """Add the prefix's part to what is there of dq, and to its own gradients and the sinks'."""
+    keys, values = (_dense(one.to(call.wide)) for one in (call.prefix_k, call.prefix_v))
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for block in call.blocks(False):
+        at = (block.batch, slice(None), block.query)
+        read, of_y, out = (_as_one(block, one, call.wide) for one in (call.q, dy, y))
+        total = _as_one(block, lse, call.wide)
+        if asked["q"] or asked["prefix_k"] or asked["prefix_v"]:
+            dq, dk, dv = backward(
+                of_y, read, keys, values, out, total, 0.0, False, scale=call.scale
+            )
+            made["prefix_k"] += dk
+            made["prefix_v"] += dv
+            if asked["q"]:
+                made["q"][at] += _as_many(block, dq, lse[at].shape[0])
+        if asked["sinks"]:
+            delta = (of_y * out).sum(-1).squeeze(0)  # [Hq, rows]
+            assert call.of_sinks is not None
+            sinks = call.of_sinks.to(call.wide).unsqueeze(1)
+            made["sinks"] -= (torch.exp(sinks - total.squeeze(0)) * delta).sum(1)

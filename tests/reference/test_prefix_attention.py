@@ -111,7 +111,7 @@ def _cases() -> list[dict[str, Any]]:
     return [{name: draw.choice(of) for name, of in choices.items()} for _ in range(160)]
 
 
-@pytest.mark.parametrize(("block", "every"), [(1 << 20, 2), (64, 5)])
+@pytest.mark.parametrize(("block", "every"), [(1 << 19, 2), (64, 6)])
 def test_forward_and_backward_are_those_of_the_formula(
     block: int, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
