@@ -12,10 +12,10 @@ import torch
 from peftfast.methods.component import EMBEDDING, Component
 from peftfast.methods.config import MethodConfig, register_method
 from peftfast.methods.prompt_inputs import MASK, POSITIONS, SLOT, VIRTUAL
+from peftfast.methods.prompts import COMMON
 from peftfast.nn.prompt import ENCODERS
 
 INITS = ("uniform", "normal", "vocabulary", "text", "labels")
-_COMMON = 5000  # tokens of the vocabulary's beginning (Lester et al., section 3.1)
 _DEFAULT = 20  # virtual tokens
 _SPECIAL = ("mask", "cls", "sep", "bos", "eos", "unk", "pad")
 _REPEATED = re.compile(r"(\[\w+\])\*(\d+)")
@@ -307,7 +307,7 @@ def _sampled(tokenizer: Any, count: int) -> list[int]:
         for word, token in tokenizer.get_vocab().items()
         if token not in special and not placeholder.fullmatch(word)
     )
-    common = ids[:_COMMON]
+    common = ids[:COMMON]
     if not common:
         raise ValueError("the tokenizer has no tokens to sample from")
     return [common[one] for one in torch.randint(len(common), (count,)).tolist()]

@@ -174,8 +174,7 @@ def lengthened(
     first = ids if ids is not None else embeds
     mask = inputs.get("attention_mask")
     for prompt in prompts:
-        chosen = _tasks_of(prompt, tasks, first)
-        if first is not None and ids is not None and ids.dim() != 2:
+        if ids is not None and ids.dim() != 2:
             raise ValueError(
                 f"input_ids has the shape {tuple(ids.shape)}; prompts are put into [B, S]"
             )
@@ -187,7 +186,9 @@ def lengthened(
         if inserted:
             inputs = _later(prompt, inputs, real)
         else:
+            chosen = _tasks_of(prompt, tasks, first)
             inputs = _first(model, embed, prompt, inputs, chosen, real)
+        real = None if real is None else real + prompt.added
         mask = inputs.get("attention_mask")
         first = inputs.get("input_ids")
         first = inputs.get("inputs_embeds") if first is None else first
@@ -293,12 +294,13 @@ def _tasks_of(prompt: Prompt, tasks: Tensor | None, first: Any) -> Tensor | None
                 " models of a task_type don't pass task_ids on in forward: call it prompt_tasks"
             )
         return None
-    rows = first.shape[0] if first is not None else tasks.shape[0]
+    rows = first.shape[0]
     if tasks.shape != (rows,) or tasks.is_floating_point():
         raise ValueError(
             f"task_ids has the shape {tuple(tasks.shape)} and dtype {tasks.dtype}; integers"
             f" [{rows}] are needed"
         )
-    if tasks.device.type == "cpu" and not bool(((tasks >= 0) & (tasks < count)).all()):
+    checked = tasks.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked and not bool(((tasks >= 0) & (tasks < count)).all()):
         raise ValueError(f"task_ids has {tasks.tolist()}; the prompt has tasks 0 to {count - 1}")
     return tasks if count > 1 else None

@@ -37,24 +37,34 @@ from peftfast.methods.sites import base_of, find_blocks
 _STATE = "_peftfast_prompts"
 _LENGTH = "prompt_length"  # of the input of `generate`, without prompts
 _READY = "prompts_are_in"
-_COMMON = 5000  # the tokens of a vocabulary that are sampled from (Lester et al., section 3.1)
+COMMON = 5000  # the tokens of a vocabulary that are sampled from (Lester et al., section 3.1)
 
 
 class Prompts:
     """The prompts of a model, which a host has."""
 
-    def __init__(self, host: Any, encodes: bool, limit: int | None) -> None:
-        self._host = (host,)  # in a tuple, so that it is no submodule
+    def __init__(self, host: Any, embedding: Any, encodes: bool, limit: int | None) -> None:
+        # In tuples, so that they are no submodules.
+        self._host, self._embedding = (host,), (embedding,)
         self.encodes = encodes
         self.limit = limit  # how many columns the model has positions for
+
+    @property
+    def embedding(self) -> Any:
+        return self._embedding[0]
 
     def modules(self) -> list[Any]:
         """Those that act now."""
         return [module for _, module in self._host[0].acting("prompt")]
 
-    def acting(self, size: int) -> list[Prompt]:
-        """Those that act now, for an embedding of that size."""
-        found = []
+    @property
+    def added(self) -> int:
+        """How many columns they add now."""
+        return sum(one.added for one in self.acting())
+
+    def acting(self) -> list[Prompt]:
+        """Those that act now, in the order in which they are put in."""
+        found, size = [], _rows_of(self.embedding)
         for placement, module in self._host[0].acting("prompt"):
             head, tail, position = self._parts(placement.component)
             inside = int(position == "after_first")
@@ -113,7 +123,7 @@ def attach(model: Any, host: Any) -> None:
                 f"prompts can't be put into the input of {type(module).__name__}: its forward is"
                 " replaced on the instance; attach them before what replaces it"
             )
-    state = Prompts(host, _encodes(model), _limit(model))
+    state = Prompts(host, embeddings[0], _encodes(model), _limit(model))
     _start(host, embeddings[0])
     kind: Any = type(model)
     _swap(model, _model_class(kind), state)
@@ -151,14 +161,13 @@ def embedded(model: Any, **inputs: Any) -> Embedded:
     if first is None:
         raise ValueError("neither input_ids nor inputs_embeds is given")
     rows, columns = first.shape[:2]
-    size = _size(model)
     # Where each column goes, and which are virtual or masks, by lengthening their numbers.
     places = torch.arange(columns, device=first.device).expand(rows, columns)
     tasks = take_tasks({**given})
     masks = torch.zeros_like(places, dtype=torch.bool)
     virtual = masks
     mask = given.get("attention_mask")
-    for prompt in state.acting(size):
+    for prompt in state.acting():
         layout = Layout(prompt, mask, rows, places.shape[1], first.device, None)
         places = layout.put(places, -1)
         masks = layout.put(masks, False) | layout.is_mask
@@ -166,7 +175,7 @@ def embedded(model: Any, **inputs: Any) -> Embedded:
         mask = layout.put_mask(mask)
     longer = _longer(model, given, tasks)
     if longer.get("inputs_embeds") is None:
-        longer["inputs_embeds"] = _embeddings(model)[0](longer.pop("input_ids"))
+        longer["inputs_embeds"] = state.embedding(longer.pop("input_ids"))
     return Embedded(
         longer,
         _columns(virtual, rows),
@@ -201,7 +210,7 @@ class _Prompted(nn.Module):
         if has_input and inputs.get("encoder_outputs") is None and state.modules():
             held = _held(self, inputs.get("past_key_values"))
             if held and real is None:
-                real = held - sum(one.added for one in state.acting(0))
+                real = held - state.added
             inputs = _longer(self, inputs, tasks, real, inserted=held > 0)
             if not held:
                 _check_length(state, inputs)
@@ -222,7 +231,7 @@ class _PromptedGenerator(_Prompted):
         if not state.modules() or not isinstance(first, Tensor):
             return source(self, *args, **kwargs)
         if not self.config.is_encoder_decoder:
-            if any(one.tail for one in state.acting(0)):  # which what is generated comes after
+            if any(one.tail for one in state.acting()):  # which what is generated comes after
                 kwargs.setdefault(_LENGTH, first.shape[1])
             return source(self, *args, **kwargs)
         tasks = take_tasks(kwargs)
@@ -246,15 +255,21 @@ class _PromptedGenerator(_Prompted):
         kwargs.update(zip(names, args, strict=False))
         tasks, real = take_tasks(kwargs), kwargs.pop(_LENGTH, None)
         held = _held(self, kwargs.get("past_key_values"))
-        added = sum(one.added for one in state.acting(0))
+        added = state.added
         taken = ("attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
         inputs = {"input_ids": input_ids, **{name: kwargs.pop(name, None) for name in taken}}
         if kwargs.get("is_first_iteration"):
-            inputs["inputs_embeds"] = kwargs.pop("inputs_embeds", None)
             if kwargs.get("next_sequence_length") is not None:
                 kwargs["next_sequence_length"] += added
-            if inputs["inputs_embeds"] is not None:
+            if kwargs.get("inputs_embeds") is not None:
                 del inputs["input_ids"]
+                inputs["inputs_embeds"] = kwargs.pop("inputs_embeds")
+        first = inputs.get("inputs_embeds", input_ids)
+        if real is not None and not held and first.shape[1] < real:
+            raise ValueError(
+                "prefill_chunk_size is set, and the prompt's template goes on after the slot: the"
+                " input has to be prefilled at once"
+            )
         inputs = _longer(self, inputs, tasks, real, inserted=held > 0)
         inputs.setdefault("input_ids", input_ids)
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -267,7 +282,7 @@ class _PromptedGenerator(_Prompted):
         bound = inspect.signature(source).bind(self, *args, **kwargs)
         state: Prompts = vars(self)[_STATE]
         if not self.config.is_encoder_decoder:
-            bound.arguments["max_cache_length"] += sum(one.added for one in state.acting(0))
+            bound.arguments["max_cache_length"] += state.added
         return source(*bound.args, **bound.kwargs)
 
 
@@ -355,9 +370,8 @@ def _swap(module: Any, kind: Any, state: Prompts) -> None:
 
 def _longer(model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> dict[str, Any]:
     """The inputs with the prompts that act now in them."""
-    embedding = _embeddings(model)[0]
-    acting = vars(model)[_STATE].acting(_rows_of(embedding))
-    return lengthened(model, embedding, acting, inputs, *rest, **more)
+    state: Prompts = vars(model)[_STATE]
+    return lengthened(model, state.embedding, state.acting(), inputs, *rest, **more)
 
 
 def _embeddings(model: Any) -> list[Any]:
@@ -380,10 +394,6 @@ def _embeddings(model: Any) -> list[Any]:
     return [held, *others]
 
 
-def _size(model: Any) -> int:
-    return _rows_of(_embeddings(model)[0])
-
-
 def _limit(model: Any) -> int | None:
     """How many columns a model has learned positions for; None: any number, or it depends on the
     padding.
@@ -403,7 +413,7 @@ def _check_length(state: Prompts, inputs: dict[str, Any]) -> None:
     columns = next(value.shape[1] for value in values if value is not None)
     if state.limit is None or inputs.get("position_ids") is not None or columns <= state.limit:
         return
-    added = sum(one.added for one in state.acting(0))
+    added = state.added
     raise ValueError(
         f"{columns - added} tokens and {added} of the prompt are more than the {state.limit}"
         f" positions that the model has: cut inputs off at {state.limit - added}"
@@ -446,7 +456,7 @@ def _start(host: Any, embedding: Any) -> None:
             given = [[one] if isinstance(one, int) else one for one in component.init_tokens or []]
             prompts = []
             for _ in range(module.tasks):
-                sampled = torch.randint(min(_COMMON, embedding.num_embeddings), (count,)).tolist()
+                sampled = torch.randint(min(COMMON, embedding.num_embeddings), (count,)).tolist()
                 tokens = [*given, *([one] for one in sampled[len(given) :])][:count]
                 prompts += [
                     embedding(torch.tensor(one, device=device)).float().mean(0) for one in tokens

@@ -465,6 +465,8 @@ def test_a_template_in_generation_stays_before_what_is_generated() -> None:
         step = torch.cat([step, plain(inputs_embeds=embeds).logits[:, -1:].argmax(-1)], 1)
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         assert torch.equal(generated(model, given, max_new_tokens=4, **options), step)
+    with pytest.raises(ValueError, match="prefill_chunk_size is set"):
+        generated(model, given, prefill_chunk_size=2)
     embeds = plain.get_input_embeddings()(given)
     out = model.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(out, step[:, 5:])
@@ -480,22 +482,22 @@ def test_a_template_in_generation_stays_before_what_is_generated() -> None:
 
 def test_gradient_checkpointing_and_the_encoder_change_nothing() -> None:
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in (None, False, True):
         base = made("llama")
         torch.manual_seed(3)
         model = get_peft_model(base, PTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-        if checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+        if checkpointing is not None:
+            base.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.train()
         loss = model(input_ids=ids(), labels=ids()).loss
         loss.backward()
         grads = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
         results.append((loss.detach(), grads))
-    (plain, wanted), (again, got) = results
-    assert torch.equal(plain, again) and len(wanted) == 21
-    for name, value in wanted.items():
-        assert value.any(), name
-        torch.testing.assert_close(got[name], value, rtol=0, atol=0)
+    (plain, wanted), *others = results
+    assert len(wanted) == 21 and all(value.any() for value in wanted.values())
+    for again, got in others:
+        assert torch.equal(plain, again)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_gradients_reach_rows_alone_and_exactly() -> None:
@@ -555,6 +557,21 @@ def test_adapters_are_switched_and_deleted() -> None:
     assert type(base) is type(plain)
     assert type(base.get_input_embeddings()) is nn.Embedding
     assert torch.equal(base(input_ids=ids()).logits, plain(input_ids=ids()).logits)
+
+
+def test_several_active_adapters_are_one_around_the_other() -> None:
+    base = made("llama")
+    scale(base)
+    model, _ = prompted(base, template="[P] {x} [P]")
+    model.add_adapter("other", PromptConfig(template="[P] {x} [P]*2", init="normal"))
+    model.base_model.set_adapter(["default", "other"])
+    given = ids()
+    assert places(model, input_ids=given)[:2] == ([[0, 1, 7, 8, 9]] * 2, [[2, 3, 4, 5, 6]] * 2)
+    found = embedded(model, input_ids=given).inputs["inputs_embeds"]
+    rows = [one.rows() for one in model.modules() if type(one).__name__ == "PromptEmbedding"]
+    first, second = rows
+    assert torch.equal(found[0, [0, 1, 7, 8, 9]], torch.stack([second[0], *first, *second[1:]]))
+    assert torch.equal(generated(model, given, use_cache=False), generated(model, given))
 
 
 def test_copies_have_prompts_of_their_own() -> None:
