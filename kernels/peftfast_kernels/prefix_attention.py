@@ -22,7 +22,8 @@ and read once and summed in a fixed order: no atomics. lse and y are those of th
 sequence's part may be another attention's backward as well: dq is then added to.
 
 In the form "relu" the prefix's part is g relu(q pk^T) pv, without scale, masks or dropout, added to
-the attention over the sequence; delta is then dy y - g sum(relu(q pk^T) (dy pv^T)).
+the attention over the sequence. y minus that part may be the difference of two large numbers:
+where k and v are at hand, delta is summed again, as p dp, in a pass of its own over them.
 
 A prefix may be float32 beside 16-bit q: products take it rounded to q's dtype, as a concatenation
 would have it, sums are float32, and its gradients are rounded once, to its own dtype.
@@ -345,6 +346,7 @@ def _prefix_attention_grad_q_kernel(
     MASK: tl.constexpr,
     PREFIX_MASK: tl.constexpr,
     ADDED: tl.constexpr,
+    FROM_Y: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -364,9 +366,11 @@ def _prefix_attention_grad_q_kernel(
     place = (b * heads + h) * S + s
     y_ptr += b * y_strides[0] + h * y_strides[1]
     dy_ptr += b * dy_strides[0] + h * dy_strides[1]
-    y = load_tile(y_ptr, s_rows * y_strides[2], inside, rd, y_strides[3], D, EVEN_D)
     dy = load_tile(dy_ptr, s_rows * dy_strides[2], inside, rd, dy_strides[3], D, EVEN_D)
-    delta = tl.sum(y.to(tl.float32) * dy.to(tl.float32), axis=1)
+    delta = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    if FROM_Y:
+        y = load_tile(y_ptr, s_rows * y_strides[2], inside, rd, y_strides[3], D, EVEN_D)
+        delta += tl.sum(y.to(tl.float32) * dy.to(tl.float32), axis=1)
     dgate = tl.zeros((BLOCK_M,), dtype=tl.float32)
     offset = T - S
 
@@ -432,10 +436,12 @@ def _prefix_attention_grad_q_kernel(
                     dgate += tl.sum(p * dp + dx * products * scale, axis=1)
                     dx = dx * g
             dq = tl.dot(dx.to(q.dtype), pk, dq, input_precision=PRECISION)
-        if RELU:
+
+        if RELU and FROM_Y:
             delta -= dgate * g
 
-        if dq_ptr is not None and k_ptr is not None:
+        if (dq_ptr is not None or not FROM_Y) and k_ptr is not None:
+            FIRST: tl.constexpr = 1 if FROM_Y else 0
             k_ptr += b * k_strides[0] + kv_head * k_strides[1]
             v_ptr += b * v_strides[0] + kv_head * v_strides[1]
             factor, unit = logit_factors(scale, 1.0, cap, CAPPED)
@@ -448,40 +454,45 @@ def _prefix_attention_grad_q_kernel(
             stop = T
             if CAUSAL:
                 stop = tl.minimum(T, last + offset + 1)
-            for j0 in range(start - shift, stop, BLOCK_N):
-                j = j0 + tl.arange(0, BLOCK_N)
-                there = j < T
-                if DROPOUT:
-                    there = there & (j >= 0)
-                j_rows = j.to(tl.int64)
-                k = load_tile(k_ptr, j_rows * k_strides[2], there, rd, k_strides[3], D, EVEN_D)
-                v = load_tile(v_ptr, j_rows * v_strides[2], there, rd, v_strides[3], D, EVEN_D)
-                products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                x = cap_logits(products, factor, unit, CAPPED)
-                if CAPPED:
-                    slope = 1.0 - (x / unit) * (x / unit)
-                visible = inside[:, None] & there[None, :]
-                if CAUSAL:
-                    visible = visible & (j[None, :] <= s[:, None] + offset)
-                if WINDOW:
-                    visible = visible & (s[:, None] + offset - j[None, :] < window)
-                m_rows = b * mask_strides[0] + h * mask_strides[1]
-                m_rows = (m_rows + s_rows * mask_strides[2])[:, None]
-                m_columns = (j_rows * mask_strides[3])[None, :]
-                x = hide(x, visible, mask_ptr, m_rows, m_columns, MASK)
-                p = probabilities(x, lse[:, None])
-                dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
-                if DROPOUT:
-                    kept = keep_tile(
-                        tl.load(seed_ptr), limit, place, P + j0, P + T, BLOCK_M, BLOCK_N
-                    )
-                    dp = tl.where(kept, dp * keep, 0.0)
-                dx = p * (dp - delta[:, None])
-                if CAPPED:
-                    dx = dx * slope
-                if RELU:
-                    dx = dx * scale
-                dq = tl.dot(dx.to(q.dtype), k, dq, input_precision=PRECISION)
+            # y holds more than the softmax's part in the form "relu": delta is summed first.
+            for step in tl.static_range(FIRST, 2):
+                for j0 in range(start - shift, stop, BLOCK_N):
+                    j = j0 + tl.arange(0, BLOCK_N)
+                    there = j < T
+                    if DROPOUT:
+                        there = there & (j >= 0)
+                    j_rows = j.to(tl.int64)
+                    k = load_tile(k_ptr, j_rows * k_strides[2], there, rd, k_strides[3], D, EVEN_D)
+                    v = load_tile(v_ptr, j_rows * v_strides[2], there, rd, v_strides[3], D, EVEN_D)
+                    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                    x = cap_logits(products, factor, unit, CAPPED)
+                    if CAPPED:
+                        slope = 1.0 - (x / unit) * (x / unit)
+                    visible = inside[:, None] & there[None, :]
+                    if CAUSAL:
+                        visible = visible & (j[None, :] <= s[:, None] + offset)
+                    if WINDOW:
+                        visible = visible & (s[:, None] + offset - j[None, :] < window)
+                    m_rows = b * mask_strides[0] + h * mask_strides[1]
+                    m_rows = (m_rows + s_rows * mask_strides[2])[:, None]
+                    m_columns = (j_rows * mask_strides[3])[None, :]
+                    x = hide(x, visible, mask_ptr, m_rows, m_columns, MASK)
+                    p = probabilities(x, lse[:, None])
+                    dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
+                    if DROPOUT:
+                        kept = keep_tile(
+                            tl.load(seed_ptr), limit, place, P + j0, P + T, BLOCK_M, BLOCK_N
+                        )
+                        dp = tl.where(kept, dp * keep, 0.0)
+                    if step == 0:
+                        delta += tl.sum(p * dp, axis=1)
+                    elif dq_ptr is not None:
+                        dx = p * (dp - delta[:, None])
+                        if CAPPED:
+                            dx = dx * slope
+                        if RELU:
+                            dx = dx * scale
+                        dq = tl.dot(dx.to(q.dtype), k, dq, input_precision=PRECISION)
 
         if dq_ptr is not None:
             if not RELU:
@@ -1112,6 +1123,7 @@ def _grad_q(
         RELU=call.form == "relu",
         **call.switches,
         ADDED=added,
+        FROM_Y=call.form == "softmax" or not (want["q"] or want["k"] or want["v"]),
         **_blocks(tile, call.head_block, width),
     )
     if part is not None:

@@ -446,8 +446,8 @@ def prefix_attention_grad_tile(arch: int, block: int, itemsize: int, heavy: bool
     if block <= 64:
         return Tile(64, 32, 0, 8, 2) if heavy else Tile(64, 64, 0, 4, 2)
     if block == 128:
-        return Tile(64, 32, 0, 8, 2)
-    return Tile(32, 32, 0, 8, 1)
+        return Tile(64, 32, 0, 4 if table_arch(arch) >= 100 else 8, 2)
+    return Tile(32, 16, 0, 8, 1)
 
 
 def prefix_attention_grad_kv_tile(arch: int, block: int, itemsize: int, heavy: bool) -> Tile:
@@ -455,9 +455,9 @@ def prefix_attention_grad_kv_tile(arch: int, block: int, itemsize: int, heavy: b
     queries a step; the arguments as above.
     """
     if itemsize == 4:
-        return Tile(16, 32, 0, 4, 1) if block <= 64 else Tile(16, 16, 0, 8, 1)
+        return Tile(16, 32, 0, 4, 1) if block <= 64 else Tile(32, 16, 0, 8, 1)
     if block <= 64:
-        return Tile(32, 32, 0, 4, 2) if heavy else Tile(32, 64, 0, 4, 2)
+        return Tile(32, 32, 0, 8, 2) if heavy else Tile(32, 64, 0, 4, 2)
     if block == 128:
         return Tile(32, 32 if heavy else 64, 0, 8, 2)
     return Tile(32, 32, 0, 8, 1)
