@@ -96,7 +96,7 @@ def prefix_attention(
     are cast as SDPA's would be. Where a query sees nothing of the sequence it attends to the
     prefix; where it sees nothing at all, its output and gradients are zero. Gradients go to q, k,
     v, the prefix, sinks and gate, each in its own dtype, those of the prefix summed in float32 in
-    a fixed order; second derivatives raise.
+    a fixed order; second derivatives and batched gradients raise.
 
     Returns:
         [B, Hq, S, Dv] in q's dtype, dense as [B, S, Hq, Dv].
@@ -329,7 +329,7 @@ def _run(operands: _Operands, settings: _Settings) -> Tensor:
     return y
 
 
-def _implementation(operands: _Operands, settings: _Settings, dy: Tensor | None = None) -> Impl:
+def _implementation(operands: _Operands, settings: _Settings) -> Impl:
     """Who serves a call; a compiled graph asks when it runs.
 
     Whether one kernel reads the prefix and then the sequence, or the prefix is merged into torch's
@@ -337,7 +337,6 @@ def _implementation(operands: _Operands, settings: _Settings, dy: Tensor | None 
     of Triton's, `serves_sequence` of the reference.
     """
     q, v, prefix = operands.q, operands.v, operands.prefix_k
-    batched = ["the gradients are batched"] if is_batched([dy]) else []
 
     def triton() -> list[str]:
         dtypes = {q.dtype, prefix.dtype}
@@ -346,16 +345,16 @@ def _implementation(operands: _Operands, settings: _Settings, dy: Tensor | None 
             reasons = [*reasons, f"v has heads of {v.shape[-1]}, q and k of {q.shape[-1]}"]
         if q.shape[-1] > _WIDEST:
             reasons = [*reasons, f"the head size is {q.shape[-1]}; a kernel holds {_WIDEST}"]
-        return reasons + batched
+        return reasons
 
     reasons = {Impl.TRITON: triton, Impl.REFERENCE: none}
     order = (Impl.TRITON, Impl.REFERENCE) if q.device.type == "cuda" else (Impl.REFERENCE,)
     return choose("prefix_attention", Impl(settings.impl), order, reasons)
 
 
-def _module(operands: _Operands, settings: _Settings, dy: Tensor | None = None) -> Any:
+def _module(operands: _Operands, settings: _Settings) -> Any:
     """The functions of the implementation that serves."""
-    if _implementation(operands, settings, dy) is Impl.TRITON:
+    if _implementation(operands, settings) is Impl.TRITON:
         from peftfast_kernels import prefix_attention as kernels
 
         return kernels
@@ -388,8 +387,13 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients asked for, in the order of `reference.GRADIENTS`."""
+    if is_batched([dy]):
+        raise RuntimeError(
+            "peftfast.ops.prefix_attention has no batched gradients (is_grads_batched, vmap): ask"
+            " for one gradient at a time"
+        )
     with torch.no_grad(), no_autocast(operands.q):
-        serving = _module(operands, settings, dy)
+        serving = _module(operands, settings)
         grads = serving.prefix_attention_backward(
             dy, *operands[:5], y, lse, needs=needs, **_shared(operands, settings)
         )

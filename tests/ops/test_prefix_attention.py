@@ -289,6 +289,14 @@ def test_second_derivatives_raise() -> None:
         (grad.sum() + leaves["prefix_k"].sum()).backward()
 
 
+def test_batched_gradients_raise() -> None:
+    good, leaves = _plain()
+    y = prefix_attention(**good)
+    dys = torch.randn(3, *y.shape, device=DEVICE)
+    with pytest.raises(RuntimeError, match="prefix_attention has no batched gradients"):
+        torch.autograd.grad(y, leaves["prefix_k"], dys, is_grads_batched=True)
+
+
 def test_drawn_seeds_follow_torchs_generator() -> None:
     good, _ = _good()
     good["seed"] = None
