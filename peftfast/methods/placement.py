@@ -189,7 +189,10 @@ def _key_value_heads(
 def _on_embedding(model: nn.Module, component: Component) -> Placement:
     """A prompt: beside the model's input embeddings."""
     getter: Any = getattr(model, "get_input_embeddings", None)
-    held = None if getter is None else getter()
+    try:
+        held = None if getter is None else getter()
+    except NotImplementedError:  # transformers', of models without one embedding
+        held = None
     name = next((name for name, module in model.named_modules() if module is held), None)
     features = getattr(held, "embedding_dim", None)
     if held is None or name is None or not isinstance(features, int):
