@@ -29,7 +29,10 @@ class Offset:
         self.sources = list(sources)
 
     def __call__(self) -> int:
-        return max((source.shift() for source in self.sources), default=0)
+        shift = 0
+        for source in self.sources:  # as a loop, which torch.compile follows
+            shift = max(shift, source.shift())
+        return shift
 
 
 def find(model: nn.Module, layers: str, others: Sequence[str] = ()) -> list[str]:
