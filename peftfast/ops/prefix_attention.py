@@ -133,7 +133,7 @@ def prefix_attention(
     )
     if form == "relu":
         operands = operands._replace(prefix_mask=None)
-    _check(operands, settings)
+    _check_sizes(operands, settings)
     if settings.dropout_p == 0.0:
         operands = operands._replace(seed=None)
     elif seed is None:
@@ -223,13 +223,12 @@ def _mask(mask: Tensor | None) -> Tensor | None:
 def _check_tensors(operands: _Operands) -> None:
     """Hold every operand to its type, and to q's device."""
     required = ("q", "k", "v", "prefix_k", "prefix_v")
-    kinds = {"prefix_index": "an integer", "prefix_lengths": "an integer"}
-    kinds |= {"attn_mask": "a bool or floating", "prefix_mask": "a bool or floating"}
+    others = ("prefix_index", "prefix_lengths", "attn_mask", "prefix_mask")
     tensors: Any = operands[:-1]
     for name, value in zip(operands._fields[:-1], tensors, strict=True):
         if value is None and name not in required:
             continue
-        if name not in kinds:
+        if name not in others:
             check_dense(value, name)
         elif not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__}; a tensor is needed")
@@ -247,11 +246,14 @@ def _check_tensors(operands: _Operands) -> None:
 
 
 def _check(operands: _Operands, settings: _Settings) -> None:
-    """Hold shapes, dtypes and choices to each other: a library op can be called by anyone, and
-    kernels trust sizes.
-    """
-    q, k, v, prefix_k, prefix_v, sinks, gate, *_ = operands
+    """Every check: a library op can be called by anyone, and kernels trust sizes."""
     _check_tensors(operands)
+    _check_sizes(operands, settings)
+
+
+def _check_sizes(operands: _Operands, settings: _Settings) -> None:
+    """Hold shapes, dtypes and choices to each other."""
+    q, k, v, prefix_k, prefix_v, *_ = operands
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     if width < 1:
