@@ -86,10 +86,10 @@ def stages(folder: Path, results: Path | None) -> list[Stage]:
     folders = ["tests/ops", "tests/kernels", "tests/native"]
     tests = [sys.executable, "-m", "pytest", *folders, "-q", "-x", *parallel]
     found = [Stage("build", build, 45.0), Stage("tests", tests, 110.0)]
-    benchmarks = {"lora_linear": 45.0, "train_step": 65.0, "nf4_dequantize": 30.0}
-    benchmarks |= {"nf4_linear": 40.0, "bottleneck": 30.0}
+    benchmarks = {"lora_linear": 40.0, "train_step": 55.0, "nf4_dequantize": 30.0}
+    benchmarks |= {"nf4_linear": 40.0, "bottleneck": 30.0, "prefix_attention": 30.0}
     if find_spec("bitsandbytes"):
-        benchmarks["train_step_qlora"] = 60.0
+        benchmarks["train_step_qlora"] = 50.0
     for name, share in (benchmarks | {"memory_peak": 30.0, "lora_gemm": 25.0}).items():
         command = [sys.executable, "-m", "benchmarks", "run", name, "--device", "cuda", "--quick"]
         command += ["--json", str(folder / f"{name}.json")]
@@ -97,7 +97,7 @@ def stages(folder: Path, results: Path | None) -> list[Stage]:
         found.append(Stage(name, command, share))
     saved = [sys.executable, "-m", "benchmarks", "saved", "--device", "cuda", "--quick", "--record"]
     saved += ["--results", str(results)] if results else []
-    return [*found, Stage("saved", saved, 40.0)]
+    return [*found, Stage("saved", saved, 35.0)]
 
 
 def _run(stage: Stage, left: float, least: float = _GRACE) -> Result:

@@ -316,7 +316,44 @@ def _counted_adapter_table(rows: Sequence[Row]) -> str:
     return f"{note}\n\n{markdown(header, cells)}"
 
 
-_COUNTED: dict[str, Callable[[Sequence[Row]], str]] = {"bottleneck": _counted_adapter_table}
+def _attention_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "what", "batch", "tokens", "prefix", "heads", "of keys", "head size"]
+    header += ["dtype", "ms", "quartiles", "tokens/s", "x no prefix", "MiB kept", "x floor"]
+    settings = ("mode", "batch", "tokens", "prefix", "heads", "kv_heads", "head_size", "dtype")
+    cells = [
+        [
+            row["variant"],
+            *(str(row["config"][name]) for name in settings),
+            *_time_cells(row),
+            _ratio_to(row, rows, "no prefix"),
+            figure(row["saved_bytes"] / 2**20),
+            figure(row["distance_to_floor"]),
+        ]
+        for row in rows
+    ]
+    return markdown(header, cells)
+
+
+def _counted_attention_table(rows: Sequence[Row]) -> str:
+    header = ["variant", "total u", "beyond no prefix u", "workspace u"]
+    cells = [
+        [row["variant"], *(figure(row[name]) for name in ("total_u", "extra_u", "workspace_u"))]
+        for row in rows
+    ]
+    config = rows[0]["config"]
+    note = (
+        f"Bytes moved at B={config['batch']}, {config['tokens']} tokens, P={config['prefix']},"
+        f" {config['heads']} heads of {config['head_size']}, {config['kv_heads']} of keys; u is one"
+        " q, workspaces are counted apart. Torch's attention counts as one operation that reads"
+        " each operand once."
+    )
+    return f"{note}\n\n{markdown(header, cells)}"
+
+
+_COUNTED: dict[str, Callable[[Sequence[Row]], str]] = {
+    "bottleneck": _counted_adapter_table,
+    "prefix_attention": _counted_attention_table,
+}
 _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "banking77": _quality_table,
     "bottleneck": _bottleneck_table,
@@ -325,6 +362,7 @@ _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "memory_peak": _memory_table,
     "nf4_dequantize": _dequantize_table,
     "nf4_linear": _nf4_linear_table,
+    "prefix_attention": _attention_table,
     "qlora_linear": _counted_table,
     "saved": _saved_table,
     "train_step": _step_table,

@@ -8,4 +8,5 @@ KERNEL_MODULES: tuple[str, ...] = (
     "peftfast_kernels.norm",
     "peftfast_kernels.activation",
     "peftfast_kernels.bottleneck",
+    "peftfast_kernels.prefix_attention",
 )

@@ -436,7 +436,7 @@ def prefix_attention_tile(arch: int, block: int, itemsize: int, heavy: bool) -> 
         return Tile(128, 32, 0, 8, 2) if heavy else Tile(128, 64, 0, 4, 3)
     if block == 128:
         return Tile(64, 32, 0, 4, 2) if heavy else Tile(128, 64, 0, 8, 2)
-    return Tile(64, 32, 0, 8, 2)
+    return Tile(64, 32, 0, 8, 2 if SHARED_LIMIT[table_arch(arch)] > 128 else 1)
 
 
 def prefix_attention_grad_tile(arch: int, block: int, itemsize: int, heavy: bool) -> Tile:
@@ -479,12 +479,12 @@ def prefix_attention_plan(dtype: torch.dtype, width: int, on_gpu: bool) -> str:
 
     "fused": one kernel whose loop over keys reads the prefix and then the sequence; "library":
     torch's flash attention over the sequence, to whose output a kernel adds the prefix. By
-    arithmetic, until recorded rows say otherwise: the library plan moves the output and dq once
-    more each way, 4 of the 11 units of q's size that the step moves beside keys and values, while
-    at 2048 tokens the products take ten times as long as those bytes, and the backward of one
-    kernel less computes five products where two kernels compute seven. Torch's kernel has 16-bit
-    operands and heads of multiples of 8. The environment variable PEFTFAST_PREFIX_ATTENTION
-    overrides the rule.
+    counting, until recorded rows say otherwise: where the fused plan's step moves 12 units of q's
+    size, the library plan's moves 18 (`python -m benchmarks traffic prefix_attention`), a tenth of
+    the time of the products at 2048 tokens and heads of 128; its backward over the sequence
+    computes five products where two kernels of the fused plan compute seven. Torch's kernel has
+    16-bit operands and heads of multiples of 8. The environment variable
+    PEFTFAST_PREFIX_ATTENTION overrides the rule.
     """
     if _forced_attention:
         return _forced_attention[-1]
