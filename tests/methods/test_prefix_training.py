@@ -133,7 +133,6 @@ def test_checkpointed_training_over_a_4_bit_base_resumes_as_if_never_stopped(
     assert trained and all(torch.equal(again[name], value) for name, value in trained.items())
 
 
-@pytest.mark.xfail(reason="positions.Offset takes the maximum of a generator", strict=False)
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_compiled_step(family: str) -> None:
     """In one graph."""
