@@ -477,6 +477,7 @@ class PeftPrefix(ClassSwap):
         prefixes = self.model.__dict__.get(_RECORD)
         if prefixes is None:
             prefixes = self.model.__dict__[_RECORD] = Prefixes(self.model)
+            prefixes.layout()  # which a compiled call could not look at
             own: Any = type(self.model)
             self.model.__class__ = fused = _fused_class(own)
             _rebind(self.model, own, fused)

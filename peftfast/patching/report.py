@@ -91,10 +91,10 @@ def report(model: nn.Module) -> PatchReport:
     """Which modules of `model` are fused, and why others are not.
 
     Args:
-        model: any module; its PEFT tuner layers are listed, patched or not, the linears of
-            bitsandbytes that no tuner layer is on, bottleneck adapters, and, where a LoRA layer or
-            a bottleneck can be fused, the norms, gated MLPs, activations, dropouts and attention
-            modules around.
+        model: any module; its PEFT tuner layers and the attention modules with a prefix of PEFT's
+            are listed, patched or not, the linears of bitsandbytes that no tuner layer is on,
+            bottleneck adapters, and, where a LoRA layer, a prefix or a bottleneck can be fused, the
+            norms, gated MLPs, activations, dropouts and attention modules around.
 
     Raises:
         TypeError: `model` is not a module.

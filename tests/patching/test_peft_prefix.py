@@ -388,3 +388,14 @@ def test_saved_bytes_do_not_grow_with_the_prefix_s_batch() -> None:
         without = growth(ours)
     assert abs(with_prefix - without) <= 0.02 * without
     assert growth(prefixed()) > 1.2 * without
+
+
+def test_a_step_compiles_in_one_graph() -> None:
+    theirs = prefixed()
+    ours = peftfast.patch(copy_of(theirs))
+    inputs = inputs_of()
+    torch.compiler.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    compiled(**inputs).loss.backward()
+    expected = train_step(theirs, inputs)["prompt_encoder.default.embedding.weight"]
+    torch.testing.assert_close(ours.prompt_encoder["default"].embedding.weight.grad, expected)
