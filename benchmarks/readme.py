@@ -263,6 +263,31 @@ def _counted_table(rows: Sequence[Row]) -> str:
     return f"{note}\n\n{markdown(header, cells)}"
 
 
+def _prefix_model_table(rows: Sequence[Row]) -> str:
+    """A step's bytes, and those kept for each further sequence of the batch."""
+    header = ["variant", "moved u", "x without a prefix", "kept u, 8 sequences more", "x without"]
+    by_name = {row["variant"]: row for row in rows}
+    cells = []
+    for row in rows:
+        bare = by_name.get(f"{row['variant']}, without a prefix", row)
+        cells.append(
+            [
+                row["variant"],
+                figure(row["total_u"]),
+                figure(row["total_u"] / bare["total_u"], 3),
+                figure(row["saved_growth_u"]),
+                figure(row["saved_growth_u"] / bare["saved_growth_u"], 3),
+            ]
+        )
+    config = rows[0]["config"]
+    note = (
+        f"A training step of a Llama of {config['model'].replace(' x ', ' layers, hidden ')}, B="
+        f"{config['batch']}, S={config['sequence']}, {config['prefix']} virtual tokens,"
+        f" {config['dtype']}; u is tokens x layers x hidden x itemsize."
+    )
+    return f"{note}\n\n{markdown(header, cells)}"
+
+
 def _bottleneck_table(rows: Sequence[Row]) -> str:
     header = ["variant", "what", "M", "d", "m", "dtype", "norm", "ms", "quartiles", "tokens/s"]
     header += ["x eager", "MiB kept beside x", "x floor"]
@@ -353,6 +378,7 @@ def _counted_attention_table(rows: Sequence[Row]) -> str:
 _COUNTED: dict[str, Callable[[Sequence[Row]], str]] = {
     "bottleneck": _counted_adapter_table,
     "prefix_attention": _counted_attention_table,
+    "prefix_model": _prefix_model_table,
 }
 _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "banking77": _quality_table,
@@ -363,6 +389,7 @@ _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "nf4_dequantize": _dequantize_table,
     "nf4_linear": _nf4_linear_table,
     "prefix_attention": _attention_table,
+    "prefix_model": _prefix_model_table,
     "qlora_linear": _counted_table,
     "saved": _saved_table,
     "train_step": _step_table,
