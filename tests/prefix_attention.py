@@ -61,8 +61,8 @@ class Case:
             return value.to(dtypes[kind]).double()
 
         each = (prefixes,) if prefixes else ()
-        # With "relu" both summands of the output are to be of one size.
-        scale = 0.3 if form == "relu" else 1.0
+        # With "relu" the prefix's part of the output is far larger than the softmax's.
+        scale = 3.0 if form == "relu" else 1.0
         self.leaves = {
             "q": draw(batch, heads * groups, queries, width),
             "k": draw(batch, heads, keys, width),

@@ -255,13 +255,16 @@ def prefix_attention_backward(
     of_sequence = any(asked[name] for name in ("q", "k", "v"))
     flash = serves_sequence(call)
     made: dict[str, Tensor] = {}
+    # What the softmax gives. Of form "relu" it is made anew: y less the prefix's part has lost its
+    # digits where that part is large.
+    softmax_y: Tensor | None = y
+    if form == "relu":
+        softmax_y = None
+        if flash and (of_sequence or asked["sinks"]):
+            softmax_y, own = _flash(call)
+            softmax_y = softmax_y * torch.exp(own - lse).unsqueeze(-1).to(softmax_y.dtype)
     if flash and of_sequence:
-        softmax_y = y
-        if form == "relu":
-            softmax_y = torch.empty_like(y)
-            for block in call.blocks(False):
-                apart = call.apart(block, call.queries(block, q))[0]
-                call.block_of(block, softmax_y).copy_(call.block_of(block, y) - apart)
+        assert softmax_y is not None
         made["q"], made["k"], made["v"] = _flash_backward(call, dy, softmax_y, lse)
     elif of_sequence:
         made["q"] = torch.empty_like(q)
@@ -277,11 +280,9 @@ def prefix_attention_backward(
     for block in call.blocks(not flash):
         read, of_y = call.queries(block, q), call.queries(block, dy)
         total = call.block_of(block, lse)
-        delta = (of_y * call.block_of(block, y)).sum(-1)
         dq: Any = None
         if form == "relu":
-            apart, hidden = call.apart(block, read)
-            delta = delta - (of_y * apart).sum(-1)
+            _, hidden = call.apart(block, read)
             part = call.prefix_part(block)
             de = _times(of_y, part.values.transpose(-1, -2))
             _add(made, block, part, "v", _pair(call.gated(block, part, hidden), of_y, part))
@@ -289,6 +290,12 @@ def prefix_attention_backward(
             ds = call.gated(block, part, de.mul_(hidden > 0))
             _add(made, block, part, "k", _pair(ds, read, part))
             dq = _times(ds, part.keys)
+        if softmax_y is not None:
+            delta = (of_y * call.block_of(block, softmax_y)).sum(-1)
+        elif of_sequence or asked["sinks"]:
+            part, scores = call.sequence(block, read)
+            p = call.dropped(block, part, torch.exp_(scores.sub_(total.unsqueeze(-1))))
+            delta = (of_y * _times(p, part.values)).sum(-1)
         if sinks is not None and asked["sinks"]:
             of_sink = torch.exp(call.sinks() - total) * delta
             made["sinks"] -= of_sink.sum((0, 3)).view(-1)
