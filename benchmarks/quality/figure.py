@@ -43,7 +43,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     )
     axes.margins(y=0.15)
     axes.set_xlabel(
-        "test accuracy, %, with its standard error (band: within 1 point of full fine-tuning)"
+        "test accuracy, %, with its standard error\n(band: within 1 point of full fine-tuning)"
     )
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
