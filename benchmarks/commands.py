@@ -104,8 +104,10 @@ def count_traffic(
 
 def _counted_row(report: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """A counted row to record; counts don't depend on the device and have their own folder."""
-    figures = ("total_u", "extra_u", "extra_per_linear_u", "saved_growth_u", "workspace_u")
-    figures += ("atomics", "gflops")
+    figures = [
+        "total_u", "extra_u", "extra_per_linear_u", "saved_growth_u", "workspace_u", "atomics",
+        "gflops",
+    ]  # fmt: skip
     settings = {key: row[key] for key in ("adapters", "dropout") if key in row}
     return {
         "benchmark": report["benchmark"],
