@@ -18,13 +18,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    find_packed_sequence_indices,
+)
 
 from peftfast.ops import prefix_attention
 
 NAME = "peftfast_prefix"
 _SOURCE = "_peftfast_prefix"
-_WITHOUT = ("cache", "block_mask", "head_mask")
+_WITHOUT = ("cache", "block_mask", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 @dataclass
@@ -257,6 +261,8 @@ def attend(
         mask, causal = mask[..., :keys], False
     elif causal and keys > queries:  # an empty static cache: the rest isn't filled yet
         key, value = key[:, :, :queries], value[:, :, :queries]
+    if attention_mask is None and asked.startswith("flash_attention"):
+        mask = _documents(kwargs.get("position_ids"), queries, keys)
     if position_bias is not None:
         mask, causal = _biased(module, position_bias, mask, causal, query), False
     window = sliding_window if is_causal else None
@@ -284,6 +290,18 @@ def attend(
         impl=prefix.impl,
     )
     return y.transpose(1, 2).contiguous(), None
+
+
+def _documents(position_ids: Tensor | None, queries: int, keys: int) -> Tensor | None:
+    """Which keys are of a query's own document, [B, 1, S, S], where positions start again within a
+    row (packed sequences, which a flash attention finds by itself); None where they don't.
+    """
+    if position_ids is None or position_ids.ndim != 2 or queries != keys or queries == 1:
+        return None
+    document = find_packed_sequence_indices(position_ids)
+    if document is None:
+        return None
+    return (document[:, :, None] == document[:, None, :]).unsqueeze(1)
 
 
 def _within(window: int, mask: Tensor, rows: int) -> Tensor:

@@ -230,6 +230,23 @@ def test_masks_as_for_flash_attention(family: str) -> None:
             torch.testing.assert_close(found, expected[name], rtol=1e-10, atol=1e-10)
 
 
+def test_documents_packed_into_a_row_under_flash_attention() -> None:
+    """Each document sees the prefix and itself, as by itself."""
+    model = prefixed("llama")
+    ids = inputs_of("llama", rows=1, columns=9)["input_ids"]
+    places = torch.cat([torch.arange(4), torch.arange(5)])[None]
+    with torch.no_grad():
+        alone = [model(input_ids=part).logits for part in (ids[:, :4], ids[:, 4:])]
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_attn_implementation"):
+                module.config._attn_implementation = "flash_attention_2"
+        packed = model(input_ids=ids, position_ids=places, use_cache=False).logits
+        torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-10, atol=1e-10)
+        lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
+        with pytest.raises(ValueError, match="hands cu_seq_lens_q to attention with a prefix"):
+            model(input_ids=ids, position_ids=places, use_cache=False, cu_seq_lens_q=lengths)
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_reached_is_named_before_anything_changes(family: str) -> None:
     base = made(family)
