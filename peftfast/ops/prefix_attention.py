@@ -405,11 +405,12 @@ def _backward(
         ]
 
 
-def _saved(operands: _Operands, needs: Sequence[bool]) -> _Operands:
+def _saved(operands: _Operands, form: str, needs: Sequence[bool]) -> _Operands:
     """The operands as the backward takes them: without what k and v hold where only gradients of
-    the prefix are wanted.
+    the prefix are wanted. (Those of sinks need what the softmax gives, which beside the form "relu"
+    is made anew.)
     """
-    if any(needs[:3]):
+    if any(needs[:3]) or (form == "relu" and needs[reference.GRADIENTS.index("sinks")]):
         return operands
     held = {name: getattr(operands, name) for name in ("k", "v")}
     return operands._replace(**{k: v.new_empty(()).expand(v.shape) for k, v in held.items()})
@@ -427,7 +428,7 @@ class _Eager(torch.autograd.Function):
         operands = _Operands(*tensors)
         y, lse = _forward(operands, settings)
         ctx.settings, ctx.needs = settings, ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE]
-        ctx.save_for_backward(y, lse, *_saved(operands, ctx.needs))
+        ctx.save_for_backward(y, lse, *_saved(operands, settings.form, ctx.needs))
         return y
 
     @staticmethod
@@ -507,7 +508,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, encoded = inputs
     operands = _Operands(*tensors)
     ctx.needs, ctx.settings = _asks(operands), encoded
-    ctx.save_for_backward(*output, *_saved(operands, ctx.needs))
+    ctx.save_for_backward(*output, *_saved(operands, _decoded(encoded).form, ctx.needs))
 
 
 def _library_autograd(ctx: Any, dy: Tensor, *_: Any) -> Any:

@@ -69,6 +69,28 @@ def test_options(options: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype
     check(IMPL, 4, 2, 2, 11, None, 6, 16, dtypes=dtypes, **({"mask": "causal"} | options))
 
 
+@pytest.mark.parametrize("options", [{}, {"mask": "causal"}, {"dropout_p": 0.2}])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_gradient_alone_beside_the_form_relu(options: dict[str, Any], compiled: bool) -> None:
+    """Those of sinks need what the softmax gives, also where k and v ask for nothing."""
+    torch.compiler.reset()
+    call = prefix_attention
+    if compiled:
+        call = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
+    given, leaves = _plain(form="relu", sinks=True, gate=True, **options)
+    given = given | {name: leaf.detach() for name, leaf in leaves.items()}
+
+    def gradients(*names: str) -> list[Tensor]:
+        asked = {name: given[name].clone().requires_grad_() for name in names}
+        y = call(**given | asked, impl=IMPL)
+        return list(torch.autograd.grad(y.square().sum(), list(asked.values())))
+
+    names = list(leaves)
+    together = dict(zip(names, gradients(*names), strict=True))
+    for name in names:
+        torch.testing.assert_close(gradients(name)[0], together[name], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
 def test_empty_sizes(empty: str) -> None:
     for mask in ("none", "causal"):
