@@ -107,6 +107,13 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         """Without an input that an interrupted forward left behind: it belongs to no copy."""
         return {**self.__dict__, "_seen": None, "_awaited": 0, "_gates": []}
 
+    def state(self) -> dict[str, Any]:
+        """Which adapters it has, and which of them are on, to be put back into `__dict__`."""
+        placed = {adapter: dict(found) for adapter, found in self._placed.items()}
+        names = "adapter_layer_names", "_active_adapter", "_disable_adapters", "_near"
+        held = {name: self.__dict__[name] for name in names}
+        return {**held, "_placed": placed, "_taps": dict(self._taps), "_read_by": [*self._read_by]}
+
     def adapters(self) -> set[str]:
         """The adapters that have components here."""
         return set(self._placed)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftfast.methods.config import MethodConfig
+from peftfast.methods.connections import unchanged_on_failure
 from peftfast.methods.layer import AdapterHost
 from peftfast.methods.placement import Placement, place
 from peftfast.methods.prefix_configs import PrefixConfig
@@ -85,13 +86,16 @@ def load_from_peft(
         (one,) = place(model, config)
         _require_shape(embeddings, (theirs.num_virtual_tokens, one.out_features))
         given = {f"{_at(one)}.weight": embeddings}
-    made = peft.get_peft_model(model, config, adapter_name)
     state = {f"{_OURS}{name}": value.contiguous() for name, value in given.items()}
     state |= {f"{_OURS}{name.removeprefix(_THEIRS)}": value for name, value in values.items()}
-    loaded: Any = set_peft_model_state_dict(made, state, adapter_name=adapter_name)
-    if unexpected := loaded.unexpected_keys:
-        made.unload()
-        raise ValueError(f"{path} has {', '.join(sorted(unexpected))}, which the model has not")
+    with unchanged_on_failure(model):
+        made = peft.get_peft_model(model, config, adapter_name)
+        try:
+            loaded: Any = set_peft_model_state_dict(made, state, adapter_name=adapter_name)
+        except (RuntimeError, KeyError) as error:  # shapes, or a head that it lacks
+            raise ValueError(f"{path} doesn't fit the model: {error}") from error
+        if unexpected := loaded.unexpected_keys:
+            raise ValueError(f"{path} has {', '.join(sorted(unexpected))}, which the model has not")
     return made if is_trainable else made.eval()
 
 

@@ -11,13 +11,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from peftfast.methods import attention, positions, prompts
 from peftfast.methods.config import MethodConfig
+from peftfast.methods.connections import connect, disconnect, unchanged_on_failure
 from peftfast.methods.initial import saved_prefixes, start_from
 from peftfast.methods.layer import AdapterHost, weight_of
 from peftfast.methods.placement import Placement, fingerprint, place
 from peftfast.methods.registration import PREFIX
-from peftfast.methods.sites import base_of, find_blocks, find_norms
+from peftfast.methods.sites import base_of, find_norms
 
 
 class AdapterModel(BaseTuner):
@@ -41,14 +41,15 @@ class AdapterModel(BaseTuner):
         """As in PEFT; then attention modules, positions and embeddings learn of what is new."""
         config = self.peft_config[adapter_name]
         path: str | None = getattr(config, "initial_prefix", None)
-        if path is None or getattr(config, "is_saved", False):
+        with unchanged_on_failure(self.model):
+            if path is None or getattr(config, "is_saved", False):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                connect(self.model)
+                return
+            values = saved_prefixes(path)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             connect(self.model)
-            return
-        values = saved_prefixes(path)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        connect(self.model)
-        start_from(self.model, adapter_name, values, path)
+            start_from(self.model, adapter_name, values, path)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT."""
@@ -200,81 +201,32 @@ def _described(placed: Any) -> str:
     return ", ".join(f"{name} {places}" for name, places in placed.items()) or "none"
 
 
-def connect(model: nn.Module) -> None:
-    """Have attention modules, positions and embeddings know the prefixes and prompts in a model,
-    and no others.
-    """
-    found = {name: one for name, one in model.named_modules() if isinstance(one, AdapterHost)}
-    prefixed = {name: host for name, host in found.items() if host.has("prefix")}
-    for name, host in found.items():
-        core = model.get_submodule(name.rpartition(".")[0])
-        if name in prefixed:
-            attention.attach(core, host)
-        elif attention.source_of(core) is host:
-            attention.detach(core)
-    _connect_positions(model, prefixed)
-    prompted = [host for host in found.values() if host.has("prompt")]
-    if prompted:
-        prompts.attach(model, prompted[0])
-    else:
-        prompts.detach(model)
-
-
-def disconnect(model: nn.Module) -> None:
-    """Undo `connect`."""
-    for module in model.modules():
-        attention.detach(module)
-        positions.unshift(module)
-    prompts.detach(model)
-
-
-def _connect_positions(model: nn.Module, prefixed: dict[str, AdapterHost]) -> None:
-    stacks: dict[str, list[AdapterHost]] = {}
-    if prefixed:
-        for block in find_blocks(model):
-            stacks.setdefault(block.name.rpartition(".")[0], []).extend(
-                host
-                for name, host in prefixed.items()
-                if name.startswith(f"{block.name}.") and host.is_in_self_attention
-            )
-    wanted: dict[str, list[AdapterHost]] = {}
-    for stack, inside in stacks.items():
-        if inside:
-            for name in positions.find(model, stack, [one for one in stacks if one != stack]):
-                wanted.setdefault(name, []).extend(inside)
-    for name, module in model.named_modules():
-        if name in wanted:
-            positions.unshift(module)
-            positions.shift(module, positions.Offset(wanted[name]))
-        elif positions.offset_of(module) is not None:
-            positions.unshift(module)
-
-
 def finalize(model: nn.Module, adapter: str | None = None) -> None:
     """Drop what only training needs, the networks that make prefixes and prompts, keeping what
-    they make now; outputs stay the same, and checkpoints become as small as they can be.
+    they make now; outputs stay the same, and checkpoints become as small as they can be. Where
+    there is no such network nothing happens.
 
     Args:
         model: one with adapters of declared methods.
         adapter: only this one's; None: every adapter's.
 
     Raises:
-        ValueError: no such adapter has anything of the kind.
+        ValueError: there is no such adapter.
     """
     modules = [
-        module
+        (placement, module)
         for host in hosts(model)
         for name in host.adapters()
         if adapter in (None, name)
         for placement, module in host.components(name)
-        if not placement.component.is_bottleneck and module.has_encoder
     ]
     if not modules:
-        what = "adapter of the model" if adapter is None else f"component of adapter {adapter!r}"
-        raise ValueError(f"no {what} has an encoder to be dropped")
+        what = "adapter of a declared method" if adapter is None else f"adapter {adapter!r}"
+        raise ValueError(f"the model has no {what}")
+    made = [one for placement, one in modules if not placement.component.is_bottleneck]
     with torch.no_grad():
         # Those whose encoder others share come last.
-        for module in sorted(modules, key=lambda one: one.owns_encoder):
+        for module in sorted(made, key=lambda one: one.owns_encoder):
             module.finalize()
     for one in model.modules():
         for name, config in getattr(one, "peft_config", {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft import (
     LoraConfig,
     PeftModel,
@@ -230,6 +232,20 @@ def test_a_checkpoint_that_doesn_t_fit_changes_nothing(tmp_path: Path) -> None:
     assert [name for name, _ in model.named_modules()] == names
     with pytest.raises(ValueError, match="the base model is needed"):
         load_from_peft(get_peft_model(base("llama"), LoraConfig()), tmp_path / "other")
+
+
+def test_a_head_of_another_size_changes_nothing(tmp_path: Path) -> None:
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
+    get_peft_model(base("bert"), config).save_pretrained(tmp_path)
+    settings = copy.deepcopy(base("bert").config)
+    settings.num_labels = 7
+    model = transformers.BertForSequenceClassification(settings).eval()
+    modules = {name: (one, type(one)) for name, one in model.named_modules()}
+    with pytest.raises(ValueError, match="doesn't fit the model"):
+        load_from_peft(model, tmp_path)
+    assert {name: (one, type(one)) for name, one in model.named_modules()} == modules
+    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "peft_config")
 
 
 def test_only_declared_methods_are_written(tmp_path: Path) -> None:

@@ -182,8 +182,9 @@ def test_an_encoder_makes_the_prefixes_in_training_and_is_dropped_after() -> Non
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-6, atol=1e-6)
     left = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad}
     assert left == {"prefix_k", "prefix_v"}
-    with pytest.raises(ValueError, match="no adapter of the model has an encoder"):
-        methods.finalize(model)
+    methods.finalize(model)
+    with pytest.raises(ValueError, match="the model has no adapter 'other'"):
+        methods.finalize(model, "other")
 
 
 def test_checkpoints_with_an_encoder_serve_training_and_inference(tmp_path: Path) -> None:
@@ -235,6 +236,27 @@ def test_a_prefix_starts_from_a_saved_one(tmp_path: Path) -> None:
     config = PTuningV2Config(num_virtual_tokens=P, initial_prefix=str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="where no adapter_model.safetensors is"):
         peft.get_peft_model(made("llama"), config)
+
+
+def test_what_fails_half_way_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    prefixed(num_virtual_tokens=P + 1).save_pretrained(tmp_path)
+    wrong = PTuningV2Config(num_virtual_tokens=P, initial_prefix=str(tmp_path))
+    base = made("llama").train()
+    expected, modules = logits(base), dict(base.named_modules())
+    with pytest.raises(ValueError, match="doesn't fit"):
+        peft.get_peft_model(base, wrong)
+    assert dict(base.named_modules()) == modules and torch.equal(logits(base), expected)
+    assert all(p.requires_grad for p in base.parameters())
+    assert all(module.training for module in base.modules())
+    assert not any("_peftfast" in key for m in base.modules() for key in m.__dict__)
+    model = prefixed()
+    expected, modules = logits(model), dict(model.named_modules())
+    trained = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="doesn't fit"):
+        model.add_adapter("other", wrong)
+    assert dict(model.named_modules()) == modules and torch.equal(logits(model), expected)
+    assert [p.requires_grad for p in model.parameters()] == trained
+    assert list(model.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("family", sorted(set(MODELS)))
