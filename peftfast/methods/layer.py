@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,10 @@ from peftfast.methods.registration import PREFIX
 from peftfast.nn.bottleneck import BottleneckAdapter
 
 READERS = f"{PREFIX}readers"
+
+
+class _Gates(threading.local):
+    held: list[Tensor | None] = []
 
 
 class AdapterHost(nn.Module, BaseTunerLayer):
@@ -52,7 +57,8 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         self._near: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
         self._seen: Tensor | None = None
         self._awaited = 0
-        self._gates: list[Tensor | None] = []  # of the prefixes, until attention takes them
+        # The prefixes' gates, until attention takes them; each thread's own.
+        self._gates = _Gates()
 
     def update_layer(
         self,
@@ -105,7 +111,10 @@ class AdapterHost(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without an input that an interrupted forward left behind: it belongs to no copy."""
-        return {**self.__dict__, "_seen": None, "_awaited": 0, "_gates": []}
+        return {**self.__dict__, "_seen": None, "_awaited": 0, "_gates": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_gates": _Gates()})
 
     def state(self) -> dict[str, Any]:
         """Which adapters it has, and which of them are on, to be put back into `__dict__`."""
@@ -195,13 +204,16 @@ class AdapterHost(nn.Module, BaseTunerLayer):
 
     def take(self) -> attention.Prefix | None:
         """The prefixes of this forward, joined."""
-        gates, self._gates = self._gates, []
         acting = self.acting("prefix")
-        if len(gates) != len(acting):
-            raise RuntimeError(
-                f"a prefix's attention ran without the {type(self.base_layer).__name__} of its"
-                " query before it"
-            )
+        if any(module.gate_weight is not None for _, module in acting):
+            gates, self._gates.held = self._gates.held, []
+            if len(gates) != len(acting):
+                raise RuntimeError(
+                    f"a gated prefix's attention ran without the {type(self.base_layer).__name__}"
+                    " of its query before it"
+                )
+        else:
+            gates = [module.gate_of(None) for _, module in acting]
         found = []
         for (_, module), gate in zip(acting, gates, strict=True):
             k, v = module.prefixes()
@@ -209,7 +221,9 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         return attention.joined(found)
 
     def _make_gates(self, entering: Tensor) -> None:
-        self._gates = [module.gate_of(entering) for _, module in self.acting("prefix")]
+        acting = self.acting("prefix")
+        if any(module.gate_weight is not None for _, module in acting):
+            self._gates.held = [module.gate_of(entering) for _, module in acting]
 
     @staticmethod
     def _joined(
