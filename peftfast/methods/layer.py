@@ -20,8 +20,12 @@ from peftfast.nn.bottleneck import BottleneckAdapter
 READERS = f"{PREFIX}readers"
 
 
-class _Gates(threading.local):
-    held: list[Tensor | None] = []
+class _Waiting(threading.local):
+    """What a host of one thread's forward holds for others of it."""
+
+    seen: Tensor | None = None  # its input, for the hosts that read it,
+    awaited: int = 0  # of which so many are to come
+    gates: list[Tensor | None] = []  # of its prefixes, until attention takes them
 
 
 class AdapterHost(nn.Module, BaseTunerLayer):
@@ -55,10 +59,7 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         self._taps: dict[str, AdapterHost] = {}
         self._read_by: list[AdapterHost] = []
         self._near: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
-        self._seen: Tensor | None = None
-        self._awaited = 0
-        # The prefixes' gates, until attention takes them; each thread's own.
-        self._gates = _Gates()
+        self._waiting = _Waiting()
 
     def update_layer(
         self,
@@ -111,10 +112,10 @@ class AdapterHost(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without an input that an interrupted forward left behind: it belongs to no copy."""
-        return {**self.__dict__, "_seen": None, "_awaited": 0, "_gates": None}
+        return {**self.__dict__, "_waiting": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_gates": _Gates()})
+        super().__setstate__({**state, "_waiting": _Waiting()})
 
     def state(self) -> dict[str, Any]:
         """Which adapters it has, and which of them are on, to be put back into `__dict__`."""
@@ -206,7 +207,7 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         """The prefixes of this forward, joined."""
         acting = self.acting("prefix")
         if any(module.gate_weight is not None for _, module in acting):
-            gates, self._gates.held = self._gates.held, []
+            gates, self._waiting.gates = self._waiting.gates, []
             if len(gates) != len(acting):
                 raise RuntimeError(
                     f"a gated prefix's attention ran without the {type(self.base_layer).__name__}"
@@ -223,7 +224,7 @@ class AdapterHost(nn.Module, BaseTunerLayer):
     def _make_gates(self, entering: Tensor) -> None:
         acting = self.acting("prefix")
         if any(module.gate_weight is not None for _, module in acting):
-            self._gates.held = [module.gate_of(entering) for _, module in acting]
+            self._waiting.gates = [module.gate_of(entering) for _, module in acting]
 
     @staticmethod
     def _joined(
@@ -242,9 +243,9 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         """Keep the input until every host that reads it now has taken it."""
         if not self._read_by:
             return
-        self._awaited = sum(one._reads(self) for one in self._read_by)
+        self._waiting.awaited = sum(one._reads(self) for one in self._read_by)
         name = type(self.base_layer).__name__
-        self._seen = _entering(args, kwargs, name) if self._awaited else None
+        self._waiting.seen = _entering(args, kwargs, name) if self._waiting.awaited else None
 
     def _reads(self, tap: AdapterHost) -> bool:
         """Whether this host will take another's input in this forward."""
@@ -252,17 +253,17 @@ class AdapterHost(nn.Module, BaseTunerLayer):
         return any(self._taps[name] is tap for name in names)
 
     def _take(self, reader: AdapterHost) -> Tensor:
-        if self._seen is None:
+        if self._waiting.seen is None:
             raise RuntimeError(
                 f"a parallel adapter on {type(reader.base_layer).__name__} reads the input of a"
                 f" {type(self.base_layer).__name__} that has not run before it. Copies of a model"
                 " in threads (torch.nn.DataParallel) are not supported: use"
                 " DistributedDataParallel"
             )
-        seen = self._seen
-        self._awaited -= 1
-        if self._awaited == 0:
-            self._seen = None
+        seen = self._waiting.seen
+        self._waiting.awaited -= 1
+        if self._waiting.awaited == 0:
+            self._waiting.seen = None
         return seen
 
     # Merging: what is linear in a linear's own input is a change of its weight.

@@ -139,7 +139,7 @@ class Layout:
         """The ids at the added places [B, L]."""
         first = self.prompt.first
         values = [
-            first + one[1] if isinstance(one, tuple) else _token(one) for one in self._entries
+            first + one[1] if isinstance(one, tuple) else token_of(one) for one in self._entries
         ]
         ids = self._of_entries(values)
         if self.tasks is None:
@@ -148,7 +148,8 @@ class Layout:
         return torch.where(self.is_virtual, ids + shift, ids)
 
 
-def _token(entry: Any) -> int:
+def token_of(entry: Any) -> int:
+    """The id of a template's token."""
     return int(entry[MASK]) if isinstance(entry, dict) else int(entry)
 
 

@@ -6,7 +6,8 @@ attention_mask, token_type_ids, position_ids and labels as long; the embedding l
 Thus what a model reads from input_ids, such as where padding begins, stays right. Inputs that are
 embeddings get rows in the same places.
 
-Both are class swaps on the instance. `generate` puts prompts in before the first forward, and later
+Both are class swaps on the instance; a forward that is set on the model's instance, before or after,
+gets inputs with prompts in them too. `generate` puts prompts in before the first forward, and later
 steps only lengthen masks and positions.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +33,14 @@ from peftfast.methods.prompt_inputs import (
     Prompt,
     lengthened,
     take_tasks,
+    token_of,
 )
 from peftfast.methods.sites import base_of, find_blocks
 
 _STATE = "_peftfast_prompts"
 _LENGTH = "prompt_length"  # of the input of `generate`, without prompts
 _READY = "prompts_are_in"
+_WITHIN = threading.local()  # `states` of the models whose forward on the instance is running
 COMMON = 5000  # the tokens of a vocabulary that are sampled from (Lester et al., section 3.1)
 
 
@@ -113,32 +117,51 @@ def attach(model: Any, host: Any) -> None:
             placement and a `peftfast.nn.PromptEmbedding`.
 
     Raises:
-        ValueError: the model embeds no tokens, or its forward has been replaced on the instance.
+        ValueError: the model embeds no tokens, its embedding's forward has been replaced on the
+            instance, another model that shares the embedding has prompts, or an id in a template
+            or of an initial token is beyond the embedding. The model stays as it was.
     """
-    detach(model)
     embeddings = _embeddings(model)
-    for module in (model, *embeddings):
+    for module in embeddings:
+        if vars(module).get(_STATE) not in (None, vars(model).get(_STATE)):
+            raise ValueError(
+                f"the input embeddings of {type(model).__name__} are shared with another model that"
+                " has prompts: unload those first, or give each model embeddings of its own"
+            )
         if "forward" in vars(module) and "_old_forward" not in vars(module):
             raise ValueError(
                 f"prompts can't be put into the input of {type(module).__name__}: its forward is"
                 " replaced on the instance; attach them before what replaces it"
             )
+    _check_ids(host, embeddings[0])
     state = Prompts(host, embeddings[0], _encodes(model), _limit(model))
     _start(host, embeddings[0])
+    detach(model)
     kind: Any = type(model)
-    _swap(model, _model_class(kind), state)
+    model.__dict__[_STATE] = state
+    model.__class__ = _model_class(kind)
+    if "forward" in vars(model):
+        model.forward = vars(model)["forward"]
     for module in embeddings:
         kind = type(module)
-        _swap(module, _embedding_class(kind), state)
+        _swap_embedding(module, _embedding_class(kind), state)
 
 
 def detach(model: Any) -> None:
     """Undo `attach`; nothing happens where there are no prompts."""
+    state = vars(model).get(_STATE)
+    if state is None:
+        return
     for module in model.modules():
-        if vars(module).pop(_STATE, None) is not None:
-            module.__class__ = type(module)._peftfast_source
-            if "_old_forward" in vars(module):
-                module._old_forward = types.MethodType(type(module).forward, module)
+        if vars(module).get(_STATE) is not state:
+            continue
+        del module.__dict__[_STATE]
+        module.__class__ = type(module)._peftfast_source
+        if "_old_forward" in vars(module) and module is not model:
+            module._old_forward = types.MethodType(type(module).forward, module)
+    around = vars(model).get("forward")
+    if isinstance(around, _Around):
+        model.forward = around.__wrapped__
 
 
 def embedded(model: Any, **inputs: Any) -> Embedded:
@@ -191,6 +214,25 @@ def _columns(chosen: Tensor, rows: int) -> Tensor:
 # The swapped classes.
 
 
+class _Around:
+    """A forward that was set on a model's instance, which gets inputs with prompts in them."""
+
+    def __init__(self, model: Any, forward: Any) -> None:
+        self._model, self.__wrapped__ = model, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        held = getattr(_WITHIN, "states", ())
+        state = vars(self._model).get(_STATE)
+        if state is None or any(one is state for one in held):  # gone, or it calls itself
+            return self.__wrapped__(*args, **kwargs)
+        args, kwargs = self._model._with_prompts(args, kwargs)
+        _WITHIN.states = (*held, state)
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        finally:
+            _WITHIN.states = held
+
+
 class _Prompted(nn.Module):
     """A Hugging Face model whose input gets prompts."""
 
@@ -198,12 +240,28 @@ class _Prompted(nn.Module):
     _peftfast_names: tuple[str, ...]
     config: Any
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and not isinstance(value, _Around):
+            value = _Around(self, value)
+        super().__setattr__(name, value)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kind = type(self)
-        source = kind._peftfast_source.forward
+        state: Prompts = vars(self)[_STATE]
+        within = "forward" in vars(self) and any(
+            one is state for one in getattr(_WITHIN, "states", ())
+        )
+        if not within:
+            args, kwargs = self._with_prompts(args, kwargs)
+        return kind._peftfast_source.forward(self, *args, **kwargs)
+
+    def _with_prompts(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward's arguments with prompts in them."""
         if kwargs.pop(_READY, False):
-            return source(self, *args, **kwargs)
-        inputs = {**dict(zip(kind._peftfast_names, args, strict=False)), **kwargs}
+            return args, kwargs
+        inputs = {**dict(zip(type(self)._peftfast_names, args, strict=False)), **kwargs}
         tasks, real = take_tasks(inputs), inputs.pop(_LENGTH, None)
         state: Prompts = vars(self)[_STATE]
         has_input = any(inputs.get(name) is not None for name in ("input_ids", "inputs_embeds"))
@@ -214,7 +272,7 @@ class _Prompted(nn.Module):
             inputs = _longer(self, inputs, tasks, real, inserted=held > 0)
             if not held:
                 _check_length(state, inputs)
-        return source(self, **inputs)
+        return (), inputs
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _unpickled, ("model", type(self)._peftfast_source), self.__dict__
@@ -338,10 +396,12 @@ def _model_class(source: Any) -> Any:
 
 
 def _named_as(source: Any, function: Any) -> Any:
-    """A function with another's signature."""
+    """A function with another's signature, which is the other once prompts are gone."""
 
     @functools.wraps(source)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _STATE not in vars(self):
+            return source(self, *args, **kwargs)
         return function(self, *args, **kwargs)
 
     return call
@@ -358,7 +418,7 @@ def _unpickled(what: str, source: Any) -> Any:
     return kind.__new__(kind)
 
 
-def _swap(module: Any, kind: Any, state: Prompts) -> None:
+def _swap_embedding(module: Any, kind: Any, state: Prompts) -> None:
     module.__dict__[_STATE] = state
     module.__class__ = kind
     if "_old_forward" in vars(module):  # accelerate's hook calls it
@@ -441,6 +501,28 @@ def _held(model: Any, cache: Any) -> int:
     if not hasattr(cache, "get_seq_length"):
         return int(cache[0][0].shape[-2])
     return int(cache.get_seq_length())
+
+
+def _check_ids(host: Any, embedding: Any) -> None:
+    """Refuse ids of templates and of initial tokens that the embedding has no row for."""
+    size = _rows_of(embedding)
+    for name in host.adapters():
+        for placement, module in host.components(name):
+            component = placement.component
+            if component.primitive != "prompt":
+                continue
+            template = [one for one in component.template or [] if one not in (SLOT, VIRTUAL)]
+            given = {"template": [token_of(one) for one in template], "init_tokens": []}
+            if module.awaits_rows:
+                for one in component.init_tokens or []:
+                    given["init_tokens"] += [one] if isinstance(one, int) else one
+            for argument, ids in given.items():
+                wrong = sorted({one for one in ids if not 0 <= one < size})
+                if wrong:
+                    raise ValueError(
+                        f"{argument} of the adapter {name!r} has the ids {wrong}; the model's"
+                        f" embedding has ids 0 to {size - 1}. Is the tokenizer another model's?"
+                    )
 
 
 @torch.no_grad()

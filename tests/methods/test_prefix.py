@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from peftfast.methods import (
 from tests.methods.models import MODELS, inputs_of
 from tests.methods.models import made as made_model
 from tests.methods.test_tuner import logits, randomised, tokens
+from tests.patching.tiny import VOCAB
 
 P = 5
 REFUSED = ("deberta", "mpnet", "gptj", "bloom", "falcon", "deepseek")
@@ -421,6 +423,26 @@ def test_methods_train_and_their_checkpoints_load(config: Any, family: str, tmp_
     loaded = peft.PeftModel.from_pretrained(made(family), tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [UniPELTConfig(num_virtual_tokens=3, r=2, reduction=8), MAMConfig(bottleneck=4)],
+    ids=["unipelt", "mam"],
+)
+def test_threads_don_t_meet(config: Any) -> None:
+    model = peft.get_peft_model(made("llama"), copy.deepcopy(config)).eval()
+    randomised(model)
+    inputs = [torch.randint(3, VOCAB, (2, 7)) for _ in range(3)]
+    with torch.no_grad():
+        expected = [model(input_ids=one).logits for one in inputs]
+
+    @torch.no_grad()
+    def run(at: int) -> bool:
+        return all(torch.equal(model(input_ids=inputs[at]).logits, expected[at]) for _ in range(15))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == [True] * 3
 
 
 def test_adapters_of_other_methods_live_beside_prefixes() -> None:

@@ -623,9 +623,99 @@ def test_what_prompts_can_not_be_put_into_is_named() -> None:
     with pytest.raises(ValueError, match="ViTForImageClassification"):
         prompted("vit")
     replaced = made("llama")
-    replaced.forward = replaced.forward
+    table = replaced.get_input_embeddings()
+    table.forward = table.forward
     with pytest.raises(ValueError, match="its forward is replaced on the instance"):
         prompted(replaced)
+
+
+def wrapped(forward: Any) -> Any:
+    """A forward around another, as trainers set one on an instance."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def test_a_forward_set_on_the_instance_gets_the_prompts() -> None:
+    want = prompted("llama")[0](input_ids=ids()).logits
+    model, plain = prompted("llama")
+    base = model.get_base_model()
+    twin, _ = prompted(copy.deepcopy(plain))
+    twin.load_state_dict(model.state_dict())
+    # One that goes around the model's own forward, and one that calls it; set after and before.
+    base.forward = lambda **inputs: plain.__class__.forward(base, **inputs)
+    want = twin(input_ids=ids()).logits
+    assert torch.equal(model(input_ids=ids()).logits, want)
+    assert torch.equal(base(input_ids=ids()).logits, want)
+    before = made("llama")
+    before.forward = wrapped(before.forward)
+    other, _ = prompted(before)
+    other.load_state_dict(model.state_dict())
+    for one in (twin.get_base_model(), before):
+        one.forward = wrapped(one.forward)
+        assert torch.equal(one(input_ids=ids()).logits, want)
+        assert generated(one, ids()).shape == (2, 10)
+    assert torch.equal(copy.deepcopy(twin)(input_ids=ids()).logits, want)
+    other.add_adapter("other", PromptConfig(num_virtual_tokens=2))
+    assert torch.equal(other(input_ids=ids()).logits, want)
+    for one in (model, twin, other):
+        assert torch.equal(one.unload()(input_ids=ids()).logits, plain(input_ids=ids()).logits)
+
+
+@pytest.mark.slow
+def test_trls_trainer_trains_the_rows(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    model, _ = prompted("llama", task_type="CAUSAL_LM")
+    given, before = ids()[:1], rows_of(model)
+    want = model(input_ids=given, labels=given).loss.item()
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[],
+        use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1, save_strategy="no",
+        learning_rate=0.1,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list([{"input_ids": given[0].tolist()}] * 4)
+    trainer = trl.SFTTrainer(
+        model, args=arguments, train_dataset=rows, processing_class=tokenizer()
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(want, rel=1e-4)
+    assert (rows_of(trainer.model) - before).abs().max() > 0.01
+
+
+def test_a_failed_adapter_leaves_the_prompts() -> None:
+    held = made("llama")
+    for config, words in (
+        (
+            PromptConfig(num_virtual_tokens=2, init="vocabulary", init_tokens=[VOCAB, 1]),
+            rf"init_tokens of the adapter 'other' has the ids \[{VOCAB}\]; .* 0 to {VOCAB - 1}",
+        ),
+        (
+            PromptConfig(template=["[P]", "{x}", VOCAB + 3, {"mask": VOCAB}]),
+            rf"template of the adapter 'other' has the ids \[{VOCAB}, {VOCAB + 3}\]",
+        ),
+    ):
+        model, _ = prompted(copy.deepcopy(held))
+        want = model(input_ids=ids()).logits
+        with pytest.raises(ValueError, match=words):
+            model.add_adapter("other", config)
+        assert torch.equal(model(input_ids=ids()).logits, want)
+
+
+def test_models_that_share_an_embedding_do_not_share_prompts() -> None:
+    torch.manual_seed(0)
+    first, second = (
+        getattr(hf, f"BertFor{kind}Classification")(made("bert").config).eval()
+        for kind in ("Sequence", "Token")
+    )
+    second.bert = first.bert
+    model, _ = prompted(first)
+    want = model(input_ids=ids()).logits
+    with pytest.raises(ValueError, match="are shared with another model that has prompts"):
+        prompted(second)
+    assert torch.equal(model(input_ids=ids()).logits, want)
 
 
 def test_a_training_step_compiles_whole() -> None:

@@ -108,7 +108,7 @@ def test_a_parallel_adapter_reads_what_the_feed_forward_reads(family: str) -> No
     hidden = F.relu(F.linear(x, adapter.down_weight, adapter.down_bias))
     expected = before[0] + F.linear(hidden, adapter.up_weight, adapter.up_bias)
     torch.testing.assert_close(after[0], expected)
-    assert first._seen is None
+    assert first._waiting.seen is None
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
