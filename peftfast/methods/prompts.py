@@ -6,15 +6,16 @@ attention_mask, token_type_ids, position_ids and labels as long; the embedding l
 Thus what a model reads from input_ids, such as where padding begins, stays right. Inputs that are
 embeddings get rows in the same places.
 
-Both are class swaps on the instance; a forward that is set on the model's instance, before or after,
-gets inputs with prompts in them too. `generate` puts prompts in before the first forward, and later
-steps only lengthen masks and positions.
+Both are class swaps on the instance. A forward that is set on the model's instance, before or
+after, gets inputs with prompts in them too. `generate` puts prompts in before the first forward,
+and later steps only lengthen masks and positions.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import threading
 import types
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ from peftfast.methods.sites import base_of, find_blocks
 _STATE = "_peftfast_prompts"
 _LENGTH = "prompt_length"  # of the input of `generate`, without prompts
 _READY = "prompts_are_in"
-_WITHIN = threading.local()  # `states` of the models whose forward on the instance is running
+_WITHIN = threading.local()  # `numbers` of the models whose forward on the instance is running
+_NUMBERS = itertools.count()
 COMMON = 5000  # the tokens of a vocabulary that are sampled from (Lester et al., section 3.1)
 
 
@@ -52,6 +54,13 @@ class Prompts:
         self._host, self._embedding = (host,), (embedding,)
         self.encodes = encodes
         self.limit = limit  # how many columns the model has positions for
+        # A copy's too: a forward that was set on an instance and copied may call the first one's.
+        self.number = next(_NUMBERS)
+
+    @property
+    def within(self) -> bool:
+        """Whether a forward on the instance is running, which has put them in."""
+        return self.number in getattr(_WITHIN, "numbers", ())
 
     @property
     def embedding(self) -> Any:
@@ -221,16 +230,16 @@ class _Around:
         self._model, self.__wrapped__ = model, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held = getattr(_WITHIN, "states", ())
         state = vars(self._model).get(_STATE)
-        if state is None or any(one is state for one in held):  # gone, or it calls itself
+        if state is None or state.within:
             return self.__wrapped__(*args, **kwargs)
         args, kwargs = self._model._with_prompts(args, kwargs)
-        _WITHIN.states = (*held, state)
+        held = getattr(_WITHIN, "numbers", ())
+        _WITHIN.numbers = (*held, state.number)
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
-            _WITHIN.states = held
+            _WITHIN.numbers = held
 
 
 class _Prompted(nn.Module):
@@ -248,10 +257,7 @@ class _Prompted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kind = type(self)
         state: Prompts = vars(self)[_STATE]
-        within = "forward" in vars(self) and any(
-            one is state for one in getattr(_WITHIN, "states", ())
-        )
-        if not within:
+        if "forward" not in vars(self) or not state.within:
             args, kwargs = self._with_prompts(args, kwargs)
         return kind._peftfast_source.forward(self, *args, **kwargs)
 

@@ -657,6 +657,7 @@ def test_a_forward_set_on_the_instance_gets_the_prompts() -> None:
         one.forward = wrapped(one.forward)
         assert torch.equal(one(input_ids=ids()).logits, want)
         assert generated(one, ids()).shape == (2, 10)
+    assert torch.equal(copy.deepcopy(model)(input_ids=ids()).logits, want)
     assert torch.equal(copy.deepcopy(twin)(input_ids=ids()).logits, want)
     other.add_adapter("other", PromptConfig(num_virtual_tokens=2))
     assert torch.equal(other(input_ids=ids()).logits, want)
@@ -664,7 +665,6 @@ def test_a_forward_set_on_the_instance_gets_the_prompts() -> None:
         assert torch.equal(one.unload()(input_ids=ids()).logits, plain(input_ids=ids()).logits)
 
 
-@pytest.mark.slow
 def test_trls_trainer_trains_the_rows(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
@@ -681,7 +681,8 @@ def test_trls_trainer_trains_the_rows(tmp_path: Path) -> None:
         model, args=arguments, train_dataset=rows, processing_class=tokenizer()
     )
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(want, rel=1e-4)
+    # The trainer divides by the tokens after a row's first, which is predicted here too.
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(want * 5 / 4, rel=1e-4)
     assert (rows_of(trainer.model) - before).abs().max() > 0.01
 
 
