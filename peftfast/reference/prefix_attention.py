@@ -112,7 +112,7 @@ def prefix_attention(
         if mask is not None and mask.dtype == torch.bool:
             zeros[at] = zeros[at].masked_fill(~mask, -math.inf)
         elif mask is not None:
-            zeros[at] = zeros[at] + mask.to(dtype)
+            zeros[at] = (zeros[at] + mask.to(dtype)).masked_fill(hides(mask), -math.inf)
     if form == "relu":
         zeros[0] = torch.zeros_like(zeros[0])
     scores = (scores + torch.cat(zeros, dim=-1)).masked_fill(~both, -math.inf)
@@ -127,6 +127,13 @@ def prefix_attention(
         p = p * kept * keep_scale(dropout_p)
     y = p @ torch.cat([own_v, v], dim=2).to(dtype) + apart
     return y.to(q.dtype)
+
+
+def hides(mask: Tensor) -> Tensor:
+    """Where an additive mask shows nothing: at -inf, and at a dtype's least value, which models'
+    own masks have in its place and which scores are lost beside.
+    """
+    return mask <= torch.finfo(mask.dtype).min / 2
 
 
 def prefix_attention_forward(
@@ -512,7 +519,7 @@ class _Call(NamedTuple):
         mask = mask.unflatten(1, (groups, -1))
         if mask.dtype == torch.bool:
             return scores.masked_fill(~mask, -math.inf)
-        return scores + mask.to(scores.dtype)
+        return (scores + mask.to(scores.dtype)).masked_fill(hides(mask), -math.inf)
 
 
 def _hidden(call: _Call, start: int, stop: int) -> Tensor | None:
@@ -594,8 +601,10 @@ def _flash_operands(call: _Call) -> tuple[list[Tensor], bool, Tensor | None]:
     tensors = [_dense(one) for one in (call.q, call.k, call.v)]
     queries, keys = call.q.shape[2], call.k.shape[2]
     mask = call.attn_mask
-    # The kernel aligns at the upper left, and one query is the last in time.
-    if mask is None and call.window is None and (not call.is_causal or queries == keys):
+    # The kernel aligns at the upper left, and multiplies what its triangle hides by the scale; one
+    # query is the last in time.
+    triangle = call.is_causal and queries == keys and call.scale > 0
+    if mask is None and call.window is None and (triangle or not call.is_causal):
         return tensors, call.is_causal, None
     if queries == 1 and call.window is None and mask is None:
         return tensors, False, None
@@ -603,7 +612,7 @@ def _flash_operands(call: _Call) -> tuple[list[Tensor], bool, Tensor | None]:
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -math.inf)
     elif mask is not None:
-        mask = mask.to(dtype)
+        mask = mask.to(dtype).masked_fill(hides(mask), -math.inf)
     hidden = _hidden(call, 0, queries)
     if hidden is not None:
         base = torch.zeros(1, 1, 1, 1, dtype=dtype) if mask is None else mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -67,6 +68,32 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_options(options: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check(IMPL, 4, 2, 2, 11, None, 6, 16, dtypes=dtypes, **({"mask": "causal"} | options))
+
+
+@pytest.mark.parametrize(
+    "options", [{"form": "relu"}, {"form": "relu", "dropout_p": 0.2}, {"softcap": 3.0}, {}]
+)
+def test_a_dtypes_least_value_hides_as_minus_infinity_does(options: dict[str, Any]) -> None:
+    """Models' own masks have it; rows that see nothing of the sequence must not see all of it."""
+    results = []
+    for value in (-math.inf, torch.finfo(torch.float32).min):
+        torch.manual_seed(0)
+        case = Case(mask="additive", **options)
+        mask = torch.zeros(2, 1, 7, 7, device=DEVICE)
+        mask[0, :, :3] = mask[:, :, :, 0] = value
+        case.options["attn_mask"] = mask
+        results.append(case.run(IMPL))
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    case = Case(mask="causal")
+    case.options["scale"] = scale
+    ours, expected = case.run(IMPL), case.run("formula")
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name].to(ours[name]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": "causal"}, {"dropout_p": 0.2}])
