@@ -9,6 +9,7 @@ cache know of the prefix.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -131,6 +132,17 @@ def asks_interface(kind: Any) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in names and "_attn_implementation" in names
 
 
+@functools.cache
+def _calls(kind: Any) -> int:
+    """How often a class's forward calls what the interface gives it, by the name that transformers
+    has for that.
+    """
+    code = inspect.unwrap(kind.forward).__code__
+    loaded = [one.argval for one in dis.get_instructions(code) if one.opname.startswith("LOAD_")]
+    names = [name for one in loaded for name in (one if isinstance(one, tuple) else (one,))]
+    return names.count("attention_interface")
+
+
 def obstacle(core: nn.Module) -> str | None:
     """Why a prefix can't reach an attention module; None where it can."""
     kind: Any = type(core)
@@ -140,7 +152,18 @@ def obstacle(core: nn.Module) -> str | None:
             " not ask transformers' AttentionInterface (ALL_ATTENTION_FUNCTIONS, by"
             " config._attn_implementation), through which a prefix gets in"
         )
+    if _calls(kind) > 1:
+        return (
+            f"{kind.__module__}.{kind.__qualname__} attends more than once in a forward, and a"
+            " prefix is of one attention"
+        )
     config: Any = getattr(core, "config", None)
+    layers, index = getattr(config, "layer_types", None), getattr(core, "layer_idx", None)
+    if layers and isinstance(index, int) and layers[index] == "chunked_attention":
+        return (
+            f"{kind.__module__}.{kind.__qualname__} attends within chunks of the sequence, in which"
+            " a prefix has no place"
+        )
     asked = getattr(original_config(config), "_attn_implementation", None)
     if asked is None:
         return f"{kind.__module__}.{kind.__qualname__} has no config that names its attention"

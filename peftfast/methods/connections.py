@@ -37,8 +37,7 @@ def disconnect(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(attention.source_of(module), AdapterHost):
             attention.detach(module)
-        offset = positions.offset_of(module)
-        if offset is not None and all(isinstance(one, AdapterHost) for one in offset.sources):
+        if _is_hosts(positions.offset_of(module)):
             positions.unshift(module)
     prompts.detach(model)
 
@@ -61,8 +60,13 @@ def _connect_positions(model: nn.Module, prefixed: dict[str, AdapterHost]) -> No
         if name in wanted:
             positions.unshift(module)
             positions.shift(module, positions.Offset(wanted[name]))
-        elif positions.offset_of(module) is not None:
+        elif _is_hosts(positions.offset_of(module)):
             positions.unshift(module)
+
+
+def _is_hosts(offset: positions.Offset | None) -> bool:
+    """Whether an offset is of hosts, and of no other source."""
+    return offset is not None and all(isinstance(one, AdapterHost) for one in offset.sources)
 
 
 @contextmanager

@@ -61,6 +61,15 @@ class AdapterModel(BaseTuner):
         unloaded: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         return unloaded
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way to several adapters in one batch."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is given; a batch has one set of active adapters of declared methods"
+            )
+        yield
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
         return peft_config
 

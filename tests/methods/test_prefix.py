@@ -11,9 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
+import peftfast
 from peftfast import methods
 from peftfast.methods import (
     Component,
@@ -458,6 +460,40 @@ def test_adapters_of_other_methods_live_beside_prefixes() -> None:
     assert not torch.equal(logits(model), without)
     core = hosts(model)[0]
     assert core.length() == P
+
+
+@pytest.mark.parametrize("config", [PrefixConfig(), HoulsbyConfig(bottleneck=4)])
+def test_several_adapters_in_one_batch_are_refused(config: Any) -> None:
+    model = peft.get_peft_model(made("llama"), copy.deepcopy(config)).eval()
+    with pytest.raises(ValueError, match="adapter_names is given"):
+        model(input_ids=tokens(), adapter_names=["default", "__base__"])
+
+
+def test_attention_in_which_a_prefix_has_no_place() -> None:
+    sizes: dict[str, Any] = dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    twice = transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**sizes))
+    with pytest.raises(ValueError, match="DiffLlamaAttention attends more than once in a forward"):
+        peft.get_peft_model(twice, PrefixConfig())
+    config = transformers.Llama4TextConfig(
+        **sizes, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=4
+    )
+    with pytest.raises(ValueError, match="Llama4TextAttention attends within chunks"):
+        peft.get_peft_model(transformers.Llama4ForCausalLM(config), PrefixConfig())
+
+
+def test_another_tuner_leaves_a_patched_prefix_alone() -> None:
+    base = made("llama")
+    theirs = peft.PrefixTuningConfig(num_virtual_tokens=P, task_type="CAUSAL_LM")
+    model = peftfast.patch(peft.get_peft_model(base, theirs), strict=True).eval()
+    expected = logits(model)
+    with pytest.raises(ValueError, match="has a prefix of another source"):
+        peft.get_peft_model(base, PrefixConfig())
+    assert torch.equal(logits(model), expected)
+    peft.get_peft_model(base, HoulsbyConfig(bottleneck=4, train_norms=False)).unload()
+    assert torch.equal(logits(model), expected)
 
 
 def test_an_attention_takes_one_source() -> None:
