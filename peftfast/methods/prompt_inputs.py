@@ -14,6 +14,9 @@ SLOT = "{x}"
 MASK = "mask"
 POSITIONS = ("start", "after_first", "end")
 IGNORED = -100
+_NO_ID = -1  # which every embedding refuses
+# Of a forward whose rows are several sequences each.
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # Of a forward, beside the model's own. PEFT's models of a task_type keep task_ids for themselves.
 TASKS = ("task_ids", "prompt_tasks")
 
@@ -117,6 +120,17 @@ class Layout:
         beyond = columns + (self.before + self.after) * (columns > 0)
         return torch.where(inside, moved, beyond).squeeze(1)
 
+    def of_all(self, columns: Tensor, name: str) -> Tensor:
+        """The new places of columns [K] of every row; raises where rows differ in them."""
+        columns = (columns + self.columns * (columns < 0)).unsqueeze(0)
+        moved = columns + self.before * (columns >= self.begin) + self.after * (columns >= self.end)
+        if not bool((moved == moved[:1]).all()):
+            raise ValueError(
+                f"{name} has columns whose places differ between the rows, which are padded: leave"
+                " it out, and take the logits by `peftfast.methods.embedded`"
+            )
+        return moved[0]
+
     def _of_entries(self, values: Sequence[int]) -> Tensor:
         """One number for each entry of head and tail, at their places: [B, L]."""
         return torch.tensor(values, device=self.item.device)[self.item]
@@ -144,8 +158,10 @@ class Layout:
         ids = self._of_entries(values)
         if self.tasks is None:
             return ids
-        shift = self.tasks.to(ids).unsqueeze(1) * self.prompt.module.num_virtual_tokens
-        return torch.where(self.is_virtual, ids + shift, ids)
+        tasks = self.tasks.to(ids).unsqueeze(1)
+        rows = ids + tasks * self.prompt.module.num_virtual_tokens
+        rows = rows.masked_fill((tasks < 0) | (tasks >= self.prompt.module.tasks), _NO_ID)
+        return torch.where(self.is_virtual, rows, ids)
 
 
 def token_of(entry: Any) -> int:
@@ -158,7 +174,7 @@ def lengthened(
     embed: Callable[[Tensor], Tensor],
     prompts: Sequence[Prompt],
     inputs: dict[str, Any],
-    tasks: Tensor | None,
+    tasks: tuple[str, Tensor] | None,
     real: int | None = None,
     inserted: bool = False,
 ) -> dict[str, Any]:
@@ -166,7 +182,7 @@ def lengthened(
 
     Args:
         embed: the model's embedding of ids, those of virtual tokens among them.
-        tasks: of the rows [B], or None.
+        tasks: of the rows [B], with the argument's name, or None.
         real: how many columns were there when the prompts were put in; later ones come after all.
         inserted: whether the ids are after prompts that are in the cache.
     """
@@ -174,6 +190,11 @@ def lengthened(
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     first = ids if ids is not None else embeds
     mask = inputs.get("attention_mask")
+    if ids is not None and prompts:
+        # An id beyond the vocabulary must not be read as a prompt's.
+        inputs["input_ids"] = ids.masked_fill(ids >= prompts[0].first, _NO_ID)
+    if prompts and not inserted:
+        _refuse_packed(inputs)
     for prompt in prompts:
         if ids is not None and ids.dim() != 2:
             raise ValueError(
@@ -194,6 +215,38 @@ def lengthened(
         first = inputs.get("input_ids")
         first = inputs.get("inputs_embeds") if first is None else first
     return inputs
+
+
+def mask_of_outputs(prompts: Sequence[Prompt], inputs: dict[str, Any]) -> Tensor | None:
+    """The attention_mask of a forward that is given encoder_outputs: as long as these are, where
+    they were made with the prompts and the mask is that of the input without.
+    """
+    mask: Tensor | None = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return mask
+    added = inputs["encoder_outputs"][0].shape[1] - mask.shape[1]
+    if added and added == sum(one.added for one in prompts):
+        for prompt in prompts:
+            layout = Layout(prompt, mask, mask.shape[0], mask.shape[1], mask.device, None)
+            mask = layout.put(mask, 1)
+    return mask
+
+
+def _refuse_packed(inputs: dict[str, Any]) -> None:
+    """Raise where a row is several sequences, of which each would need a prompt."""
+    packed = [name for name in _PACKED if inputs.get(name) is not None]
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if not packed and isinstance(positions, Tensor) and positions.dim() == 2:
+        again = positions[:, 1:] <= positions[:, :-1]
+        if mask is not None and mask.shape[1] == positions.shape[1]:
+            again = again & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        if not torch.compiler.is_compiling() and bool(again.any()):
+            packed = ["position_ids, which start again within a row"]
+    if packed:
+        raise ValueError(
+            f"the rows are packed ({', '.join(packed)}): a prompt is put into a row once, not into"
+            " each of its sequences. Give one sequence a row, with padding"
+        )
 
 
 def _first(
@@ -241,7 +294,13 @@ def _first(
         if inputs.get("labels") is not None:
             found["labels"] = _labels(model, layout, inputs["labels"], (rows, columns))
         if inputs.get("shift_labels") is not None:
-            found["shift_labels"] = layout.put(inputs["shift_labels"], IGNORED)
+            # What a place predicts belongs to the token after it, which moves.
+            ahead = inputs["shift_labels"]
+            labels = torch.cat([ahead.new_full((rows, 1), IGNORED), ahead[:, :-1]], 1)
+            labels = layout.put(labels, IGNORED)
+            found["shift_labels"] = torch.cat([labels[:, 1:], ahead[:, -1:]], 1)
+        if isinstance(inputs.get("logits_to_keep"), Tensor):
+            found["logits_to_keep"] = layout.of_all(inputs["logits_to_keep"], "logits_to_keep")
         for name in ("start_positions", "end_positions"):
             if inputs.get(name) is not None:
                 found[name] = layout.where(inputs[name])
@@ -262,11 +321,14 @@ def _later(prompt: Prompt, inputs: dict[str, Any], real: int | None) -> dict[str
 
 
 def _labels(model: Any, layout: Layout, labels: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Labels of tokens at their tokens' places; those of a template's [MASK]s there."""
-    if tuple(labels.shape) == shape and not labels.is_floating_point():
+    """Labels of tokens at their tokens' places; those of a template's M [MASK]s there, which
+    labels [B, M] are, however many columns there are.
+    """
+    masks = layout.prompt.masks if model.get_output_embeddings() is not None else 0
+    of_masks = masks > 0 and tuple(labels.shape) == (shape[0], masks)
+    if tuple(labels.shape) == shape and not labels.is_floating_point() and not of_masks:
         return layout.put(labels, IGNORED)
-    masks = layout.prompt.masks
-    if not masks or model.get_output_embeddings() is None:
+    if not masks:
         return labels  # of the whole sequence
     given = labels.unsqueeze(1) if labels.dim() == 1 else labels
     if tuple(given.shape) != (shape[0], masks):
@@ -279,29 +341,35 @@ def _labels(model: Any, layout: Layout, labels: Tensor, shape: tuple[int, int]) 
     return given.gather(1, order).masked_fill(~chosen, IGNORED)
 
 
-def take_tasks(inputs: dict[str, Any]) -> Tensor | None:
-    """Take the tasks out of a forward's arguments."""
-    given = [inputs.pop(name, None) for name in TASKS]
-    return next((one for one in given if one is not None), None)
+def take_tasks(inputs: dict[str, Any]) -> tuple[str, Tensor] | None:
+    """Take the tasks out of a forward's arguments, with the name of the argument."""
+    given = [(name, inputs.pop(name, None)) for name in TASKS]
+    name, tasks = next((one for one in given if one[1] is not None), ("", None))
+    if tasks is None:
+        return None
+    if not isinstance(tasks, Tensor):
+        raise TypeError(f"{name} is {type(tasks).__name__}; a tensor of integers [B] is needed")
+    return name, tasks
 
 
-def _tasks_of(prompt: Prompt, tasks: Tensor | None, first: Any) -> Tensor | None:
+def _tasks_of(prompt: Prompt, given: tuple[str, Tensor] | None, first: Any) -> Tensor | None:
     """The tasks [B] for a prompt; None: it has one."""
     count = prompt.module.tasks
-    if tasks is None:
-        if count > 1:
-            raise ValueError(
-                f"task_ids is missing: the prompt has {count} tasks, and each row needs one. PEFT's"
-                " models of a task_type don't pass task_ids on in forward: call it prompt_tasks"
-            )
+    if count == 1:
         return None
-    rows = first.shape[0]
-    if tasks.shape != (rows,) or tasks.is_floating_point():
+    if given is None:
         raise ValueError(
-            f"task_ids has the shape {tuple(tasks.shape)} and dtype {tasks.dtype}; integers"
+            f"task_ids is missing: the prompt has {count} tasks, and each row needs one. PEFT's"
+            " models of a task_type don't pass task_ids on in forward: call it prompt_tasks"
+        )
+    name, tasks = given
+    rows = first.shape[0]
+    if tasks.shape != (rows,) or tasks.is_floating_point() or tasks.dtype == torch.bool:
+        raise ValueError(
+            f"{name} has the shape {tuple(tasks.shape)} and dtype {tasks.dtype}; integers"
             f" [{rows}] are needed"
         )
     checked = tasks.device.type == "cpu" and not torch.compiler.is_compiling()
     if checked and not bool(((tasks >= 0) & (tasks < count)).all()):
-        raise ValueError(f"task_ids has {tasks.tolist()}; the prompt has tasks 0 to {count - 1}")
-    return tasks if count > 1 else None
+        raise ValueError(f"{name} has {tasks.tolist()}; the prompt has tasks 0 to {count - 1}")
+    return tasks

@@ -33,6 +33,7 @@ from peftfast.methods.prompt_inputs import (
     Layout,
     Prompt,
     lengthened,
+    mask_of_outputs,
     take_tasks,
     token_of,
 )
@@ -270,14 +271,20 @@ class _Prompted(nn.Module):
         inputs = {**dict(zip(type(self)._peftfast_names, args, strict=False)), **kwargs}
         tasks, real = take_tasks(inputs), inputs.pop(_LENGTH, None)
         state: Prompts = vars(self)[_STATE]
-        has_input = any(inputs.get(name) is not None for name in ("input_ids", "inputs_embeds"))
-        if has_input and inputs.get("encoder_outputs") is None and state.modules():
+        if not state.modules():
+            return (), inputs
+        if inputs.get("encoder_outputs") is not None:
+            inputs["attention_mask"] = mask_of_outputs(state.acting(), inputs)
+        elif any(inputs.get(name) is not None for name in ("input_ids", "inputs_embeds")):
+            ids = inputs.get("input_ids")
             held = _held(self, inputs.get("past_key_values"))
             if held and real is None:
                 real = held - state.added
             inputs = _longer(self, inputs, tasks, real, inserted=held > 0)
             if not held:
                 _check_length(state, inputs)
+            if ids is not None and _makes_decoder_ids(self, inputs):
+                inputs = _encoded(self, inputs, ids)
         return (), inputs
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -292,11 +299,14 @@ class _PromptedGenerator(_Prompted):
         state: Prompts = vars(self)[_STATE]
         given = [kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
         first = next((one for one in (*args[:1], *given) if one is not None), None)
-        if not state.modules() or not isinstance(first, Tensor):
+        if not state.modules():
             return source(self, *args, **kwargs)
         if not self.config.is_encoder_decoder:
             if any(one.tail for one in state.acting()):  # which what is generated comes after
-                kwargs.setdefault(_LENGTH, first.shape[1])
+                # Without an input there is the token that generation begins with.
+                kwargs.setdefault(_LENGTH, first.shape[1] if isinstance(first, Tensor) else 1)
+            return source(self, *args, **kwargs)
+        if not isinstance(first, Tensor):
             return source(self, *args, **kwargs)
         tasks = take_tasks(kwargs)
         if kwargs.get("encoder_outputs") is None:
@@ -438,6 +448,27 @@ def _longer(model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> dict
     """The inputs with the prompts that act now in them."""
     state: Prompts = vars(model)[_STATE]
     return lengthened(model, state.embedding, state.acting(), inputs, *rest, **more)
+
+
+def _makes_decoder_ids(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a model of two stacks makes the decoder's ids from its input."""
+    names = type(model)._peftfast_names
+    given = [inputs.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds")]
+    return (
+        "encoder_outputs" in names
+        and "decoder_input_ids" in names
+        and not any(one is not None for one in given)
+    )
+
+
+def _encoded(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    """The inputs with what the encoder makes of them, and the ids as they were given: those of the
+    decoder, and what is read at their places, are made from these.
+    """
+    taken = ("input_ids", "attention_mask", "output_attentions", "output_hidden_states")
+    given = {name: inputs[name] for name in taken if inputs.get(name) is not None}
+    outputs = model.get_encoder()(**given, return_dict=True)
+    return {**inputs, "input_ids": ids, "encoder_outputs": outputs}
 
 
 def _embeddings(model: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import peftfast
 from peftfast.methods import Component, UnifiedConfig, finalize
 from peftfast.methods.prompt_configs import PromptConfig, PTuningConfig, parse_template
+from peftfast.methods.prompt_inputs import Layout, Prompt
 from peftfast.methods.prompts import embedded
 from tests.methods.models import MODELS, inputs_of, made
 from tests.patching.tiny import VOCAB
@@ -372,6 +373,81 @@ def test_labels_of_masks_go_to_the_templates_masks() -> None:
         model(input_ids=given, labels=labels[:, 0])
 
 
+def test_labels_of_masks_are_not_those_of_as_many_tokens() -> None:
+    torch.manual_seed(0)
+    base = hf.BertForMaskedLM(made("bert").config).eval()
+    model, _ = prompted(base, template=["[P]", "{x}", {"mask": MASK_ID}, {"mask": MASK_ID}])
+    given, labels = ids(2, 2), torch.tensor([[7, 8], [9, 10]])
+    out = model(input_ids=given, labels=labels)
+    at = out.logits[:, -3:-1]  # before the last token, which is outside
+    torch.testing.assert_close(out.loss, F.cross_entropy(at.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.parametrize("template", ["[P]*2 {x}", "{x} [P]", "[P] {x} [P]*2"])
+def test_labels_that_are_shifted_are_predicted_from_before_their_tokens(template: str) -> None:
+    for position in (None, "after_first"):
+        model, _ = prompted("llama", template=template, position=position)
+        given, mask = padded(ids(), [5, 3], "right")
+        inputs = {"input_ids": given, "attention_mask": mask}
+        labels = given.masked_fill(mask == 0, -100)
+        labels[:, 0] = -100
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        want = model(**inputs, labels=labels).loss
+        torch.testing.assert_close(model(**inputs, labels=labels, shift_labels=shifted).loss, want)
+
+
+def test_logits_are_kept_where_columns_have_moved_to() -> None:
+    model, _ = prompted("llama", template="[P]*2 {x} [P]", position="after_first")
+    whole, keep = model(input_ids=ids()).logits, torch.tensor([0, 1, -1])
+    got = model(input_ids=ids(), logits_to_keep=keep).logits
+    torch.testing.assert_close(got, whole[:, [0, 3, 7]])
+    left, mask = padded(ids(), [5, 3], "left")
+    with pytest.raises(ValueError, match="logits_to_keep has columns whose places differ"):
+        model(input_ids=left, attention_mask=mask, logits_to_keep=keep)
+
+
+def test_packed_rows_are_refused() -> None:
+    model, _ = prompted("llama")
+    for packed in (
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+        {"cu_seq_lens_q": torch.tensor([0, 3, 5])},
+    ):
+        with pytest.raises(ValueError, match=f"rows are packed .{list(packed)[0]}.*Give one"):
+            model(input_ids=ids(1), **packed)
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_of_the_input_reads_it_without_the_prompt(name: str, kind: str) -> None:
+    torch.manual_seed(0)
+    config = made(name).config
+    config.num_labels = 2
+    base = getattr(hf, f"{'T5' if name == 't5' else 'Bart'}For{kind}")(config).eval()
+    model, plain = prompted(base)
+    given = ids()
+    given[:, -1] = config.eos_token_id
+    rows = rows_of(model).expand(2, -1, -1)
+    source = plain.get_encoder()
+    embeds = torch.cat([rows, source.get_input_embeddings()(given)], 1)
+    spans = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([2, 3])}
+    targets = spans if kind == "QuestionAnswering" else {"labels": torch.tensor([0, 1])}
+    want = plain(input_ids=given, encoder_outputs=source(inputs_embeds=embeds), **targets)
+    got = model(input_ids=given, **targets)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got[1], want[1])
+    assert got.encoder_last_hidden_state.shape[1] == 8
+
+
+def test_a_mask_is_as_long_as_the_encoders_outputs() -> None:
+    model, _ = prompted("t5")
+    given, mask = padded(ids(), [5, 3], "right")
+    inputs = {"attention_mask": mask, "decoder_input_ids": torch.zeros_like(given[:, :1])}
+    want = model(input_ids=given, **inputs)
+    held = hf.modeling_outputs.BaseModelOutput(want.encoder_last_hidden_state)
+    got = model(encoder_outputs=held, **inputs)
+    torch.testing.assert_close(got.logits, want.logits)
+
+
 def test_tasks_are_mixed_in_a_batch() -> None:
     for task_type in (None, "CAUSAL_LM"):
         model, plain = prompted("llama", tasks=3, task_type=task_type)
@@ -389,10 +465,36 @@ def test_tasks_are_mixed_in_a_batch() -> None:
             assert torch.equal(alone[0], whole[row, : alone.shape[1]])
         with pytest.raises(ValueError, match="task_ids is missing: the prompt has 3 tasks"):
             model(input_ids=given)
-        with pytest.raises(ValueError, match=r"task_ids has \[0, 1, 2, 3\]; .* 0 to 2"):
+        with pytest.raises(ValueError, match=rf"{name} has \[0, 1, 2, 3\]; .* 0 to 2"):
             model(input_ids=given, **{name: torch.arange(4)})
-        with pytest.raises(ValueError, match=r"task_ids has the shape \(2,\)"):
+        with pytest.raises(ValueError, match=rf"{name} has the shape \(2,\)"):
             model(input_ids=given, **{name: chosen[:2]})
+        with pytest.raises(TypeError, match=f"{name} is list; a tensor of integers"):
+            model(input_ids=given, **{name: [0, 1, 2, 0]})
+        with pytest.raises(ValueError, match="dtype torch.bool; integers"):
+            model(input_ids=given, **{name: chosen > 1})
+
+
+def test_one_prompt_with_tasks_is_beside_one_without() -> None:
+    model, _ = prompted("llama", tasks=2)
+    model.add_adapter("other", PromptConfig(num_virtual_tokens=2))
+    model.base_model.set_adapter(["default", "other"])
+    assert model(input_ids=ids(), task_ids=torch.tensor([0, 1])).logits.shape[1] == 10
+
+
+def test_no_id_or_task_beyond_the_tables_is_read_as_a_row() -> None:
+    model, plain = prompted("llama", tasks=2)
+    wrong = ids().index_fill(1, torch.tensor([1]), VOCAB)
+    for one, tasks in ((plain, {}), (model, {"task_ids": torch.tensor([0, 1])})):
+        with pytest.raises(IndexError, match="out of range"):
+            one(input_ids=wrong, **tasks)
+    # As on a device, where values are not looked at.
+    module = next(one for one in model.modules() if type(one).__name__ == "PromptEmbedding")
+    held = Prompt(module, (("row", 0), ("row", 1), ("row", 2)), (), 0, 0, VOCAB)
+    layout = Layout(held, None, 4, 1, torch.device("cpu"), torch.tensor([0, -1, 1, 2]))
+    assert layout.ids()[:, :3].tolist() == [
+        [VOCAB, VOCAB + 1, VOCAB + 2], [-1] * 3, [VOCAB + 3, VOCAB + 4, VOCAB + 5], [-1] * 3
+    ]  # fmt: skip
 
 
 # Generation
@@ -470,6 +572,11 @@ def test_a_template_in_generation_stays_before_what_is_generated() -> None:
     embeds = plain.get_input_embeddings()(given)
     out = model.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(out, step[:, 5:])
+    # Without an input there is the token that generation begins with.
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(input_ids=torch.tensor([[base.config.bos_token_id]]), **options)
+    for cached in (True, False):
+        assert torch.equal(model.generate(**options, use_cache=cached), want)
     # A cache that goes on.
     cache = model(input_ids=given, use_cache=True).past_key_values
     assert cache.get_seq_length() == 9
