@@ -19,6 +19,7 @@ INITS = ("uniform", "normal", "vocabulary", "text", "labels")
 _DEFAULT = 20  # virtual tokens
 _SPECIAL = ("mask", "cls", "sep", "bos", "eos", "unk", "pad")
 _REPEATED = re.compile(r"(\[\w+\])\*(\d+)")
+_BRACKETS = re.compile(r"\[\w+\](?:\*\d*)?")
 
 
 @dataclass
@@ -26,7 +27,8 @@ class PromptMethodConfig(MethodConfig):
     """What the methods with prompts have in common; not a method itself.
 
     The model's outputs are as long as its input with the prompt, as with PEFT; labels of tokens are
-    moved to their tokens, and `peftfast.methods.embedded` says where these are.
+    moved to their tokens, and `peftfast.methods.embedded` says where these are. Of a model of two
+    stacks the encoder alone has the prompt. Rows that are several sequences each are refused.
 
     Args:
         num_virtual_tokens: P; None: as many as the template has, or 20.
@@ -117,7 +119,7 @@ class PromptConfig(PromptMethodConfig):
             tokens (section 3.1): "vocabulary", sampled from the 5,000 first, which are the most
             common where a vocabulary is sorted (with a tokenizer without special tokens and
             placeholders), "text", those of init_text, repeated or cut off, or "labels", those of
-            init_labels, each the mean over its tokens, and sampled ones for the rest.
+            init_labels, at most P, each the mean over its tokens, and sampled ones for the rest.
         init_text, init_labels: as said.
         init_tokens: ids, or lists of ids whose mean is taken; made of these when the configuration
             is made.
@@ -159,11 +161,16 @@ class PromptConfig(PromptMethodConfig):
         labels: Any = self.init_labels
         if not isinstance(labels, (list, tuple)) or not labels:
             raise TypeError(f"init_labels is {labels!r}; a list of words is needed")
+        if len(labels) > count:
+            raise ValueError(
+                f"init_labels has {len(labels)} words, for {count} virtual tokens: leave some out,"
+                " or raise num_virtual_tokens"
+            )
         words = [_ids(tokenizer, one) for one in labels]
         if not all(words):
             raise ValueError(f"init_labels is {labels!r}, of which some have no tokens")
         rest = _sampled(tokenizer, count - len(words)) if len(words) < count else []
-        self.init_tokens = [*words[:count], *rest]
+        self.init_tokens = [*words, *rest]
 
     def declare(self) -> list[Component]:
         init = self.init if self.init in ("uniform", "normal") else "embeddings"
@@ -178,8 +185,8 @@ class PTuningConfig(PromptMethodConfig):
 
     The paper's template for a cloze task on BERT is "[P]*3 {x} [P]*3 [MASK]" or the like, with
     anchor words where they help (section 3.3). Labels may be those of the template's [MASK]s alone:
-    [B], or [B, M] of several. `peftfast.methods.finalize` drops the network; checkpoints have what
-    it makes beside it.
+    [B], or [B, M] of several, which they also are where the input has just M columns.
+    `peftfast.methods.finalize` drops the network; checkpoints have what it makes beside it.
 
     Args:
         encoder: "lstm": a bidirectional LSTM of two layers and two linears (the paper's), or "mlp":
@@ -216,10 +223,16 @@ def parse_template(template: str, tokenizer: Any) -> list[Any]:
             what needs it.
 
     Raises:
-        ValueError: there is not one "{x}", no "[P]", or a token that the tokenizer does not have.
+        ValueError: there is not one "{x}", no "[P]", a token that the tokenizer does not have, or a
+            word with a brace.
     """
     pieces: list[str] = []
-    for word in template.replace(SLOT, f" {SLOT} ").split():
+    spaced = _BRACKETS.sub(lambda found: f" {found[0]} ", template.replace(SLOT, f" {SLOT} "))
+    for word in spaced.split():
+        if word != SLOT and ("{" in word or "}" in word):
+            raise ValueError(
+                f"template has {word!r}; the input is written as {SLOT!r}, and words have no braces"
+            )
         repeated = _REPEATED.fullmatch(word)
         if "*" in word and word.startswith("[") and repeated is None:
             raise ValueError(f"template has {word!r}; a repeated token is written as '[P]*3'")
@@ -271,7 +284,8 @@ def _special(tokenizer: Any, piece: str) -> Any:
                 f" {', '.join(f'[{one.upper()}]' for one in has) or 'no special tokens'}"
             )
         token = int(vocabulary[piece])
-    return {MASK: token} if token == getattr(tokenizer, "mask_token_id", None) else token
+    is_mask = name == MASK or token == getattr(tokenizer, "mask_token_id", None)
+    return {MASK: token} if is_mask else token
 
 
 def _checked(template: Sequence[Any], written: str | None = None) -> list[Any]:

@@ -308,10 +308,18 @@ class PrefixAttention(nn.Module):
         if self.hidden is not None and has_finished and f"{prefix}up_weight" not in given:
             assert self.up_weight is not None
             heads, rows = self.num_key_value_heads, self.num_virtual_tokens
-            self._drop_network(
-                self.up_weight.new_empty((heads, rows, self.head_dim)),
-                self.up_weight.new_empty((heads, rows, self.value_head_dim)),
-            )
+            shapes = [(heads, rows, self.head_dim), (heads, rows, self.value_head_dim)]
+            wrong = [
+                f"size mismatch for {name}: {tuple(given[name].shape)} in the checkpoint,"
+                f" {shape} here; the network is kept"
+                for name, shape in zip(finished, shapes, strict=True)
+                if tuple(given[name].shape) != shape
+            ]
+            if wrong:
+                errors: list[str] = rest[4] if len(rest) > 4 else more["error_msgs"]
+                errors += wrong
+                return
+            self._drop_network(*(self.up_weight.new_empty(shape) for shape in shapes))
         # Of the two forms only that which this module has.
         others = finished if self.hidden is not None else network if has_finished else []
         for name in others:

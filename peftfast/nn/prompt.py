@@ -192,13 +192,14 @@ class PromptEmbedding(nn.Module):
         """The prompt, or the prompts of tasks.
 
         Args:
-            task_ids: [B], integers below `tasks` (not checked on a device); None: there is one.
+            task_ids: [B], integers from 0, below `tasks`; None: there is one.
 
         Returns:
             [P, d]; with task_ids [B, P, d].
 
         Raises:
             ValueError: there are several tasks and task_ids is None, or it has not one dimension.
+            IndexError: a task is not there (on a device its own error).
         """
         rows = self.rows()
         if task_ids is None:
@@ -207,6 +208,8 @@ class PromptEmbedding(nn.Module):
             return rows
         if task_ids.dim() != 1:
             raise ValueError(f"task_ids has the shape {tuple(task_ids.shape)}; [B] is needed")
+        # Negative ones would be counted from the end.
+        task_ids = task_ids.masked_fill(task_ids < 0, self.tasks)
         chosen: Tensor = rows.view(self.tasks, self.num_virtual_tokens, -1)[task_ids]
         return chosen
 
@@ -258,6 +261,14 @@ class PromptEmbedding(nn.Module):
         given = dict(state_dict)
         has_rows, has_encoder = f"{prefix}weight" in given, f"{prefix}embedding" in given
         if self.embedding is not None and has_rows and not has_encoder:
+            name, rows = f"{prefix}weight", given[f"{prefix}weight"]
+            if rows.shape != self.embedding.shape:
+                errors: list[str] = rest[4] if len(rest) > 4 else more["error_msgs"]
+                errors.append(
+                    f"size mismatch for {name}: {tuple(rows.shape)} in the checkpoint,"
+                    f" {tuple(self.embedding.shape)} here; the encoder is kept"
+                )
+                return
             self._drop_encoder(torch.empty_like(self.embedding))
         # Of the two forms only that which this module has.
         others = ["weight"]

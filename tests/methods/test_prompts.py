@@ -92,6 +92,23 @@ def test_a_template_becomes_entries() -> None:
     it, was, dot = (held.convert_tokens_to_ids(one) for one in ("it", "was", "."))
     assert found == ["[P]", "[P]", "{x}", "[P]", it, was, {"mask": MASK_ID}, dot, 3]
     assert parse_template("[P]*2 {x}", None) == ["[P]", "[P]", "{x}"]
+    # Brackets need no spaces around them.
+    assert parse_template("[P][P]*2{x}", None) == ["[P]", "[P]", "[P]", "{x}"]
+    mask = {"mask": MASK_ID}
+    assert parse_template("it[P].{x}[MASK]*2[P]", held) == [
+        it,
+        "[P]",
+        dot,
+        "{x}",
+        mask,
+        mask,
+        "[P]",
+    ]
+
+
+def test_a_mask_is_one_without_being_the_tokenizers() -> None:
+    held = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer()._tokenizer, unk_token="[UNK]")
+    assert parse_template("[P] {x} [MASK]", held)[-1] == {"mask": MASK_ID}
 
 
 def test_words_within_a_text_are_those_after_a_space() -> None:
@@ -114,6 +131,12 @@ def test_words_within_a_text_are_those_after_a_space() -> None:
             r"\[WHAT\], which the tokenizer does not know",
         ),
         ({"template": "{x} [P]*"}, ValueError, r"written as '\[P\]\*3'"),
+        ({"template": "{x} [P] {y}"}, ValueError, r"template has '\{y\}'; the input is written"),
+        (
+            {"init": "labels", "init_labels": ["great", "bad"], "num_virtual_tokens": 1},
+            ValueError,
+            "init_labels has 2 words, for 1 virtual tokens",
+        ),
         (
             {"template": "{x} [P]*2", "num_virtual_tokens": 3},
             ValueError,

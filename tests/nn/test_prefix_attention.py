@@ -152,6 +152,10 @@ def test_checkpoints_load_in_either_form() -> None:
     torch.testing.assert_close(resumed[1].up_weight, trained[1].up_weight)
     with pytest.raises(RuntimeError, match="size mismatch for prefix_k"):
         PrefixAttention(6, 2, 8).load_state_dict(finished[0].state_dict())
+    kept = PrefixAttention(6, 2, 8, **NETWORK)
+    with pytest.raises(RuntimeError, match="size mismatch for prefix_k: .* the network is kept"):
+        kept.load_state_dict(finished[0].state_dict())
+    assert kept.has_encoder and all(value.isfinite().all() for value in kept.prefixes())
     with pytest.raises(RuntimeError, match="Missing key.*up_bias"):
         PrefixAttention(5, 2, 8, **NETWORK).load_state_dict({"up_weight": held["0.up_weight"]})
 

@@ -104,6 +104,14 @@ def test_both_forms_of_a_checkpoint_load(encoder: str) -> None:
         same.load_state_dict({"embedding": saved["embedding"], "weight": rows})
 
 
+def test_a_checkpoint_of_another_size_leaves_the_encoder() -> None:
+    made = prompt(encoder="lstm")
+    before = made.rows()
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight: \(4, 8\) .* \(5, 8\) here"):
+        made.load_state_dict({"weight": torch.zeros(4, 8)})
+    assert made.has_encoder and torch.equal(made.rows(), before)
+
+
 def test_finalize_keeps_what_the_encoder_makes() -> None:
     made = prompt(encoder="lstm")
     with torch.no_grad():
@@ -147,6 +155,9 @@ def test_wrong_rows_and_tasks_are_named() -> None:
     made = prompt(tasks=2)
     with pytest.raises(ValueError, match="task_ids is None; of 2 tasks"):
         made()
+    for wrong in (-1, 2):
+        with pytest.raises(IndexError):
+            made(torch.tensor([0, wrong]))
     with pytest.raises(ValueError, match=r"task_ids has the shape \(1, 1\)"):
         made(torch.zeros(1, 1, dtype=torch.long))
     with pytest.raises(ValueError, match=r"rows has the shape \(4, 8\); \(10, 8\) is needed"):
