@@ -230,6 +230,13 @@ class _Around:
     def __init__(self, model: Any, forward: Any) -> None:
         self._model, self.__wrapped__ = model, forward
 
+    @property
+    def __func__(self) -> Any:  # accelerate takes it of a forward
+        return self._called_on
+
+    def _called_on(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = vars(self._model).get(_STATE)
         if state is None or state.within:
@@ -366,6 +373,9 @@ class _PromptedEmbedding(nn.Module):
     _peftfast_source: Any
 
     def forward(self, input: Tensor) -> Tensor:
+        if _STATE not in vars(self):  # called by what was set on the instance meanwhile
+            gone: Tensor = type(self).forward(self, input)
+            return gone
         source = type(self)._peftfast_source.forward
         modules = vars(self)[_STATE].modules()
         # Whole prompts only are put in: fewer columns have none.

@@ -737,6 +737,24 @@ def test_accelerates_hooks_are_kept() -> None:
     assert torch.equal(twin.unload()(input_ids=ids()).logits, plain(input_ids=ids()).logits)
 
 
+def test_accelerate_prepares_a_model_with_prompts() -> None:
+    from accelerate import Accelerator, dispatch_model
+    from accelerate.hooks import remove_hook_from_module
+
+    model, plain = prompted("llama")
+    want = model(input_ids=ids()).logits
+    base = model.get_base_model()
+    for _ in range(2):
+        prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(base)
+        assert prepared(input_ids=ids()).logits.shape == want.shape
+    hooked, _ = prompted("llama")
+    dispatch_model(hooked.get_base_model(), device_map={"": "cpu"}, force_hooks=True)
+    remove_hook_from_module(hooked.get_base_model(), recurse=True)
+    assert hooked(input_ids=ids()).logits.shape == want.shape
+    out = hooked.unload()(input_ids=ids()).logits
+    torch.testing.assert_close(out, plain(input_ids=ids()).logits)
+
+
 def test_what_prompts_can_not_be_put_into_is_named() -> None:
     model, _ = prompted("llama")
     with pytest.raises(ValueError, match=r"attention_mask has the shape \(2, 1, 5, 5\)"):
