@@ -146,6 +146,8 @@ def _calls(kind: Any) -> int:
 def obstacle(core: nn.Module) -> str | None:
     """Why a prefix can't reach an attention module; None where it can."""
     kind: Any = type(core)
+    if source_of(core) is not None:  # it was reached
+        return _unserved(original_config(core.config)._attn_implementation)
     if not asks_interface(kind):
         return (
             f"{kind.__module__}.{kind.__qualname__} computes attention in its own forward: it does"

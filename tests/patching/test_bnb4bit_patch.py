@@ -269,7 +269,8 @@ def test_without_bitsandbytes() -> None:
         model(torch.randn(2, 8)).sum().backward()
         (entry,) = peftfast.report(model).fused
         assert entry.hits == 1
-        assert [kind.__name__ for kind in handlers()] == ["Linear"]
+        assert "Linear" in {kind.__name__ for kind in handlers()}
+        assert not any("4bit" in kind.__name__ for kind in handlers())
         assert "bitsandbytes" not in sys.modules
         peftfast.unpatch(model)
     """
