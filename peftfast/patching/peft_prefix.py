@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,14 @@ class Rows:
     size: int
 
 
+class _Run(threading.local):
+    """What a thread's forward has of the prefix."""
+
+    adapter: str | None = None  # whose it is; None: no fused forward is running
+    made: tuple[Tensor, ...] | None = None
+    config: Any = None  # what PEFT sees
+
+
 class Prefixes:
     """The prefix of a fused PeftModel, during its forwards and their backwards.
 
@@ -62,10 +71,10 @@ class Prefixes:
         self._start()
 
     def _start(self) -> None:
-        self.running = False
-        self._made: tuple[Tensor, ...] | None = None
-        self._config: Any = None
-        self._trained = False  # whether the last forward with gradients had the prefix
+        self._run = _Run()
+        # Whether forwards with gradients had the prefix, those since the last backward.
+        self._trained: set[bool] = set()
+        self._went_back = False
         self._redone: tuple[int, Any] = (-1, None)
         self._layouts: dict[str, tuple[Any, dict[int, Rows]]] = {}
 
@@ -83,36 +92,64 @@ class Prefixes:
     @contextmanager
     def run(self) -> Iterator[None]:
         """Have attention see the prefix, and PEFT none."""
-        made = self._encoded()
+        now, made = self._run, self._encoded()
+        before = now.adapter, now.made, now.config
         shadow = copy.copy(self.config)
         shadow.num_virtual_tokens = 0
         if torch.is_grad_enabled():
-            self._trained = True
-        self._made, self._config, self.running = made, shadow, True
+            self._trains(True)
+        now.adapter, now.made, now.config = self.model.active_adapter, made, shadow
         try:
             yield
         finally:
-            self._made, self._config, self.running = None, None, False
+            now.adapter, now.made, now.config = before
+
+    @property
+    def running(self) -> bool:
+        """Whether a fused forward of this thread is running."""
+        return self._run.adapter is not None
+
+    def runs_another(self) -> bool:
+        """Whether it is of another adapter than the active one."""
+        return self._run.adapter not in (None, self.model.active_adapter)
 
     def seen_by_peft(self, config: Any) -> Any:
-        return self._config if self.running else config
+        return self._run.config if self.running else config
+
+    def _trains(self, has_prefix: bool) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._went_back:
+            self._trained, self._went_back = set(), False
+        self._trained.add(has_prefix)
 
     def length(self) -> int:
         """How many rows attention sees now.
 
         In a backward, where a checkpoint computes a forward again: as many as that forward saw.
+
+        Raises:
+            RuntimeError: forwards with the prefix and without it went before that backward.
         """
-        on = self.running
+        on = self.running and not self.model._adapters_disabled
         if not on and not torch.compiler.is_compiling():
             if in_backward():
-                on = self._trained
+                self._went_back = True
+                if len(self._trained) > 1:
+                    raise RuntimeError(
+                        "under gradient checkpointing, forwards with PEFT's prefix and without it"
+                        " went before one backward, which can't tell them apart: call backward"
+                        " after each, make those without gradients under torch.no_grad(), or"
+                        " load the adapter by peftfast.methods.load_from_peft"
+                    )
+                on = True in self._trained
             elif torch.is_grad_enabled():
-                self._trained = False
+                self._trains(False)
         return self.config.num_virtual_tokens if on else 0
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [H, P, D]."""
-        made = self._made
+        made = self._run.made
         if made is None:
             made = self._recomputed()
         rows = self.layout()[layer]
@@ -279,8 +316,15 @@ def _unpickled(source: Any) -> nn.Module:
 def _served(model: Any, given: dict[str, Any]) -> Prefixes | None:
     """A model's prefixes, where a call with such arguments can be fused."""
     prefixes: Prefixes | None = model.__dict__.get(_RECORD)
-    if prefixes is None or prefixes.running or model._adapters_disabled:
+    if prefixes is None or model._adapters_disabled:
         return None
+    if prefixes.running and not prefixes.runs_another():
+        return None
+    if any(attention.source_of(one.core) is not one for one in prefixes.offset.sources):  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "attention modules of this patched model have been given to another adapter, or taken"
+            " away: unpatch it and patch it again"
+        )
     reason = None if torch.compiler.is_compiling() else transform_reason()
     asked = given.get("output_attentions")
     if asked or (asked is None and getattr(model.base_model.config, "output_attentions", False)):
@@ -412,6 +456,8 @@ class PeftPrefix(ClassSwap):
         source = attention.source_of(module)
         if source is not None and not isinstance(source, PeftSource):
             found.append("it has a prefix of another method")
+        elif isinstance(source, PeftSource) and source.prefixes.model is not self.model:
+            found.append("it has another PeftModel's prefix")
         return found
 
     def whole(self, modules: list[Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import filecmp
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import peft
@@ -399,3 +400,58 @@ def test_a_step_compiles_in_one_graph() -> None:
     compiled(**inputs).loss.backward()
     expected = train_step(theirs, inputs)["prompt_encoder.default.embedding.weight"]
     torch.testing.assert_close(ours.prompt_encoder["default"].embedding.weight.grad, expected)
+
+
+def test_threads_and_forwards_within_forwards_have_runs_of_their_own() -> None:
+    theirs = prefixed()
+    theirs.add_adapter("other", PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    ours = peftfast.patch(copy_of(theirs).eval(), strict=True)
+    inputs = [torch.randint(3, VOCAB, (2, 7)) for _ in range(3)]
+
+    @torch.no_grad()
+    def of(model: Any, ids: Tensor) -> list[Tensor]:
+        """Logits; those without the prefix, and another adapter's, made within a generation."""
+        found: list[Tensor] = []
+
+        def within(_: Tensor, scores: Tensor) -> Tensor:
+            with model.disable_adapter():
+                found.append(model(input_ids=ids).logits)
+            model.set_adapter("other")
+            found.append(model(input_ids=ids).logits)
+            model.set_adapter("default")
+            return scores
+
+        model.generate(
+            input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0,
+            logits_processor=hf.LogitsProcessorList([within]),
+        )  # fmt: skip
+        return [*found, model(input_ids=ids).logits]
+
+    for expected, got in zip(of(theirs, inputs[0]), of(ours, inputs[0]), strict=True):
+        torch.testing.assert_close(got, expected)
+
+    @torch.no_grad()
+    def run(at: int) -> bool:
+        return all(torch.equal(ours(input_ids=inputs[at]).logits, alone[at]) for _ in range(10))
+
+    with torch.no_grad():
+        alone = [ours(input_ids=one).logits for one in inputs]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == [True] * 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_that_can_t_tell_forwards_apart_raises(reentrant: bool) -> None:
+    model = peftfast.patch(prefixed(), strict=True).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    inputs = inputs_of("llama")
+    loss = model(**inputs).loss
+    model.get_base_model()(input_ids=inputs["input_ids"])
+    with pytest.raises(RuntimeError, match="which can't tell them apart"):
+        loss.backward()
+    model.zero_grad()
+    with torch.no_grad():
+        model.get_base_model()(input_ids=inputs["input_ids"])
+    model(**inputs).loss.backward()
+    assert model.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
