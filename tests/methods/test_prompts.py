@@ -737,10 +737,13 @@ def test_accelerates_hooks_are_kept() -> None:
     assert torch.equal(twin.unload()(input_ids=ids()).logits, plain(input_ids=ids()).logits)
 
 
-def test_accelerate_prepares_a_model_with_prompts() -> None:
+def test_accelerate_prepares_a_model_with_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator, dispatch_model
     from accelerate.hooks import remove_hook_from_module
+    from accelerate.state import AcceleratorState
 
+    # One for the process, in another precision where a Trainer has run before.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     model, plain = prompted("llama")
     want = model(input_ids=ids()).logits
     base = model.get_base_model()
